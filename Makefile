@@ -1,0 +1,22 @@
+# The two commands of the README, and what keeps them honest.
+.PHONY: reproduce setup test lint lock
+
+reproduce:                ## set up everything and run the miniature (about 20 minutes on 2 cores)
+	scripts/reproduce.sh --profile tiny
+
+setup:
+	scripts/doctor.sh tiny
+	scripts/env.sh
+	scripts/upstream.sh
+	scripts/patch.sh
+
+test: setup               ## set up everything and run the tests
+	.venv/bin/python -m pytest
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/shellcheck scripts/*.sh .ci/run
+
+lock:                     ## docker/locks/*.in -> *.txt
+	.uv/bin/uv pip compile docker/locks/cpu.in --python-version 3.11 --generate-hashes --no-header -o docker/locks/cpu.txt

@@ -1,0 +1,96 @@
+"""Named experiments: scripts/configs/NAME.toml as flags of stock train.py.
+
+python scripts/config.py NAME get KEY           a top-level key, one value per line
+python scripts/config.py NAME pretrain|finetune the stage's flags, one word per line
+
+A config changes keys of its `base` and adds none. A wrong name, key or type is one error that names the nearest
+right one, and exit code 2.
+"""
+
+import difflib
+import sys
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class ConfigError(Exception):
+    pass
+
+
+def load(name: str) -> dict:
+    """The named config over its bases. Raises ConfigError."""
+    path = CONFIGS / f"{name}.toml"
+    if not path.is_file():
+        raise ConfigError(f"no experiment {name!r}: {_nearest(name, [p.stem for p in CONFIGS.glob('*.toml')])}")
+    try:
+        config = tomllib.loads(path.read_text())
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    base = config.pop("base", None)
+    return _override(load(base), config, f"{path}: ") if base else config
+
+
+def _override(base: dict, changes: dict, where: str) -> dict:
+    merged = dict(base)
+    for key, value in changes.items():
+        if key not in base:
+            raise ConfigError(f"{where}unknown key {key!r}: {_nearest(key, list(base))}")
+        if isinstance(base[key], dict) and isinstance(value, dict):
+            value = _override(base[key], value, f"{where}[{key}] ")
+        elif isinstance(base[key], float) and type(value) is int:
+            value = float(value)
+        elif type(value) is not type(base[key]):
+            raise ConfigError(f"{where}{key} = {value!r} must be {type(base[key]).__name__}, as {base[key]!r}")
+        merged[key] = value
+    return merged
+
+
+def _nearest(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(words))}"
+
+
+def flags(config: dict, stage: str) -> list[str]:
+    """Flags for one stage of train.py. Accumulation keeps the global batch whatever the number of ranks."""
+    stage_flags = dict(config[stage])
+    global_batch, per_device = stage_flags.pop("global_batch"), stage_flags["per_device_train_batch_size"]
+    accumulate, rest = divmod(global_batch, per_device * config["ranks"])
+    if rest or not accumulate:
+        raise ConfigError(
+            f"[{stage}] global_batch {global_batch} is not a multiple of per_device_train_batch_size {per_device} "
+            f"x ranks {config['ranks']}: change one of the three"
+        )
+    values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}
+    words = []
+    for key, value in values.items():
+        words += [f"--{key}", str(value)]
+    return words
+
+
+def main(argv: list[str]) -> int:
+    try:
+        match argv:
+            case [name, "get", key]:
+                config = load(name)
+                if key not in config or isinstance(config[key], dict):
+                    raise ConfigError(f"{name} has no key {key!r}: {_nearest(key, list(config))}")
+                value = config[key]
+                print(*(value if isinstance(value, list) else [value]), sep="\n")
+            case [name, "pretrain" | "finetune" as stage]:
+                print(*flags(load(name), stage), sep="\n")
+            case _:
+                raise ConfigError(__doc__.strip())
+    except ConfigError as error:
+        print(f"config: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

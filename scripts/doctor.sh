@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Tells what this machine lacks for a profile, before anything is installed or trained.
+#
+#   scripts/doctor.sh tiny|v1.5-7b
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+profile=${1:?usage: scripts/doctor.sh PROFILE}
+problems=0
+problem() { echo "doctor: $*" >&2 && problems=1; }
+
+for tool in git python3 g++ sha256sum; do
+    command -v "$tool" >/dev/null || problem "$tool is not installed (Debian: apt-get install git python3-venv g++ coreutils)"
+done
+[[ $(uname -sm) == "Linux x86_64" ]] || problem "this is $(uname -sm); the locked environments are for Linux x86_64"
+disk_gb=$(($(df --output=avail -k . | tail -n 1) / 1024 / 1024))
+memory_gb=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 1024 / 1024))
+if [[ $profile == tiny ]]; then
+    need_disk=4 need_memory=6
+else
+    need_disk=400 need_memory=128
+    python3 -c 'import deepspeed, flash_attn, lmms_eval, torch; assert torch.cuda.is_available()' 2>/dev/null ||
+        problem "profile $profile needs a GPU and an environment with LLaVA's pins, flash-attn, deepspeed and lmms-eval: activate it first (only tiny runs on a CPU)"
+fi
+((disk_gb >= need_disk)) || problem "$disk_gb GB of disk are free here, profile $profile needs $need_disk GB"
+((memory_gb >= need_memory)) || problem "$memory_gb GB of memory are available, profile $profile needs $need_memory GB"
+((problems)) && exit 2
+echo "doctor: $(nproc) cores, $memory_gb GB of memory, $disk_gb GB of disk (of which profile $profile takes up to $need_disk): fine"

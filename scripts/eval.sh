@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Evaluates a checkpoint with lmms-eval 0.3.0's stock `llava` model: a process per task, per-sample logs kept.
+#
+#   scripts/eval.sh CHECKPOINT OUT TASK...
+#
+# OUT/TASK/ holds lmms-eval's results and samples (in a folder that it names after the checkpoint) and log.txt. A task
+# whose results are whole and newer than the checkpoint is skipped.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH
+
+usage='usage: scripts/eval.sh CHECKPOINT OUT TASK...'
+checkpoint=${1:?$usage} out=${2:?$usage}
+shift 2
+: "${1:?$usage}"
+fail() { echo "eval: $*" >&2 && exit 1; }
+[[ -f $checkpoint/config.json ]] || fail "$checkpoint/config.json is missing: train this experiment first"
+[[ $(basename "$checkpoint") == *llava* ]] || fail "$checkpoint: stock LLaVA loads a folder only if its name contains 'llava'"
+[[ $checkpoint$out != *[=,]* ]] || fail "lmms-eval takes no '=' and no ',' in a path: $checkpoint $out"
+[[ -d upstream/LLaVA/llava ]] || fail "upstream/LLaVA is missing: run scripts/upstream.sh"
+
+# lmms-eval exits 0 even when a run fails, so its files decide: every metric is a number, every sample is logged.
+whole() { # FOLDER TASK
+    python - "$1" "$2" "$checkpoint/config.json" <<'EOF'
+import json, math, os, sys
+from pathlib import Path
+folder, task, config = sys.argv[1:]
+files = list(Path(folder).glob("*/[0-9]*_results.json"))
+if len(files) != 1 or files[0].stat().st_mtime < os.path.getmtime(config):
+    sys.exit(1)
+results = json.loads(files[0].read_text())
+metrics = [v for k, v in results["results"].get(task, {}).items() if "," in k and "_stderr" not in k]
+samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
+lines = len(samples.read_text().splitlines()) if samples.exists() else 0
+numbers = metrics and all(isinstance(v, (int, float)) and math.isfinite(v) for v in metrics)
+sys.exit(not (numbers and lines == results["n-samples"][task]["effective"]))
+EOF
+}
+
+export PYTHONPATH=upstream/LLaVA HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
+# Its own cache each time: a converted parquet must not outlive the data that it came from.
+HF_DATASETS_CACHE=$(mktemp -d)
+export HF_DATASETS_CACHE
+trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
+
+device=
+for task in "$@"; do
+    if whole "$out/$task" "$task"; then
+        echo "eval: $checkpoint $task is whole, skipped"
+        continue
+    fi
+    if [[ ! $device ]]; then # only now, as importing torch takes seconds
+        device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+        # One thread is the fastest where a batch is one row of a tiny model.
+        [[ $device == cuda ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu
+    fi
+    echo "eval: $checkpoint $task on $device"
+    start=$SECONDS partial=$out/.$task.partial
+    rm -rf "$partial" "${out:?}/$task"
+    mkdir -p "$partial"
+    # Without device_map=auto the llava model insists on CUDA; with a batch over 1 it pads, which changes answers.
+    python -m lmms_eval --model llava --model_args "pretrained=$checkpoint,device_map=auto" --device "$device" \
+        --include_path scripts/tasks --tasks "$task" --batch_size 1 --log_samples --timezone UTC \
+        --output_path "$partial" &>"$partial/log.txt" || true
+    if ! whole "$partial" "$task"; then
+        tail -n 25 "$partial/log.txt" >&2
+        fail "$task of $checkpoint left no whole results file; the whole log is $partial/log.txt"
+    fi
+    mv "$partial" "$out/$task"
+    echo "eval: $checkpoint $task took $((SECONDS - start)) s"
+done

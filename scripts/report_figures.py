@@ -1,0 +1,99 @@
+"""The report's pictures, drawn from report.py's figures and the logs and probes that it read."""
+
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+COLORS = ["#6b7280", "#c2410c", "#2563eb", "#15803d", "#7c3aed"]  # by variant, baseline first
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "figure.constrained_layout.use": True,
+        "savefig.dpi": 160,
+    }
+)
+
+
+def draw(run, report, folder):
+    """Write loss_stage_1, loss_stage_2, theorem and maps as PNGs into `folder`."""
+    folder.mkdir(exist_ok=True)
+    color = dict(zip(run.variants, COLORS, strict=False))
+    figures = {
+        "loss_stage_1": loss(run, color, "stage 1"),
+        "loss_stage_2": loss(run, color, "stage 2"),
+        "theorem": theorem({name: probe["theorem"] for name, probe in report["probes"].items()}, color),
+        "maps": maps({name: run.probes[run.seeds[0], name] for name in run.variants}),
+    }
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name}.png")
+        plt.close(figure)
+
+
+def running_mean(values):
+    out, weight = [values[0]], 2 / (2 + len(values) // 25)
+    for value in values[1:]:
+        out.append(out[-1] + weight * (value - out[-1]))
+    return out
+
+
+def loss(run, color, stage):
+    """CE of all variants in one panel, then a panel for each VISTA term, as their scales differ."""
+    weighted = [name for name in run.variants if run.logs[run.seeds[0], name, stage]["vista"]]
+    panels = [("ce", "CE (nats)", run.variants)]
+    panels += [("vista", f"VISTA term\n{name}", [name]) for name in weighted]
+    size = (4.8, 1.2 + 1.6 * len(panels))
+    figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
+    for axis, (key, label, names) in zip(axes[:, 0], panels, strict=True):
+        for name in names:
+            for k, seed in enumerate(run.seeds):
+                step, value = np.array(run.logs[seed, name, stage][key]).T
+                axis.plot(step, value, color=color[name], alpha=0.2, lw=0.7)
+                axis.plot(step, running_mean(value), color=color[name], lw=1.4, label=None if k else name)
+        axis.set_ylabel(label)
+    axes[0, 0].set_title(f"{stage} (thin: as logged, thick: running mean)")
+    axes[0, 0].legend()
+    axes[-1, 0].set_xlabel("step")
+    return figure
+
+
+def theorem(curves, color):
+    figure, axis = plt.subplots(figsize=(4.8, 3.4))
+    for name, curve in curves.items():
+        kl, stderr = np.array(curve["kl"]), np.array(curve["stderr"])
+        position = np.arange(1, len(kl) + 1)
+        axis.plot(position, kl, color=color[name], lw=1.3, label=name)
+        axis.fill_between(position, kl - stderr, kl + stderr, color=color[name], alpha=0.2, lw=0)
+    axis.set(xlabel="position t of the answer's token", ylabel="KL(true image || swapped image), nats")
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    return figure
+
+
+def maps(probes):
+    """Rows: held-out images; columns: the image, then its map for each variant. One colour scale for all."""
+    first = next(iter(probes.values()))
+    low, high = (float(f([f(probe["map"]) for probe in probes.values()])) for f in (np.min, np.max))
+    rows, columns = len(first["image"]), 1 + len(probes)
+    size = (1.4 * columns, 1.7 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for k, (photo, *others) in enumerate(axes):
+        photo.imshow(first["image"][k])
+        photo.set_title(textwrap.fill(str(first["question"][k]), 24), fontsize=7)
+        for axis, (name, probe) in zip(others, probes.items(), strict=True):
+            map_SS = probe["map"][k]
+            shown = axis.imshow(map_SS, cmap="Blues", vmin=low, vmax=high)
+            title = "" if k else textwrap.fill(name, 16, break_on_hyphens=True) + "\n"
+            axis.set_title(f"{title}{map_SS.min():.2f} to {map_SS.max():.2f}", fontsize=7)
+    figure.colorbar(shown, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine similarity")
+    return figure

@@ -1,0 +1,193 @@
+"""The miniature's two pre-trained parts, from scratch on the training split of scripts/tiny_data.py.
+
+    python scripts/tiny_models.py [DATA] [OUT]     default results/tiny/data results/tiny/models
+
+OUT/clip-tiny    CLIPVisionModel and CLIPImageProcessor. Supervised by the annotations (shape, color, the digit in each
+                 quarter) on the patch tokens of hidden_states[-2], the layer that LLaVA reads (mm_vision_select_layer -2).
+OUT/llama-tiny   LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer, trained on captions and on the stage 2
+                 conversations with a caption in the image's place. It sees no image and no held-out row.
+
+A model that is there already is skipped. Each is written under another name and renamed when whole.
+"""
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tiny_data import COLORS, SEED, SHAPES, caption, digit_scenes, easyvqa_split
+from transformers import (CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
+                          LlamaTokenizer)
+
+# Stock LLaVA's "v1" conversation opens with this sentence: the language model meets it in training, as Vicuna did.
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+CLIP = dict(steps=700, batch=64, lr=1e-3)
+LLAMA = dict(steps=400, batch=32, lr=2e-3)
+
+
+def train(name, parameters, loss_of_step, steps, lr, **_):
+    """AdamW with warm-up and cosine decay; loss_of_step() returns the loss of a fresh batch."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    shape = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda i: min((i + 1) / 50, 0.5 * (1 + math.cos(math.pi * i / steps))))
+    start = time.time()
+    for step in range(1, steps + 1):
+        loss = loss_of_step()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        shape.step()
+        if step % 50 == 0 or step == steps:
+            seconds = time.time() - start
+            print(f"{name} step {step}/{steps} loss {loss.item():.3f} {seconds:.0f} s, "
+                  f"{seconds / step * (steps - step):.0f} s left", flush=True)
+
+
+# clip-tiny -----------------------------------------------------------------------------------------------------------
+
+def targets(notes):
+    """[N, 6] int64: shape, color, digit in each quarter (10: empty); -100: not known or not asked of this image."""
+    index = {None: -100, **{v: i for values in (SHAPES, COLORS) for i, v in enumerate(values)}}
+    return torch.tensor([[-100, -100, *(10 if d is None else d for d in note["digits"])] if "digits" in note
+                         else [index[note["shape"]], index[note["color"]], *[-100] * 4] for note in notes])
+
+
+def pixels(processor, pngs):
+    """[N, 3, 64, 64] float32, preprocessed as LLaVA will."""
+    images = [Image.open(io.BytesIO(data)).convert("RGB") for data in pngs]
+    return processor.preprocess(images, return_tensors="pt")["pixel_values"]
+
+
+class Heads(torch.nn.Module):
+    """Linear read-outs of the patch tokens, thrown away after training."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.shape, self.color = torch.nn.Linear(width, len(SHAPES)), torch.nn.Linear(width, len(COLORS))
+        self.digit = torch.nn.Linear(width, 11)
+
+    def forward(self, model, x_BCHW):
+        patches_BND = model(x_BCHW, output_hidden_states=True).hidden_states[-2][:, 1:]
+        batch, n, width = patches_BND.shape
+        grid = patches_BND.transpose(1, 2).reshape(batch, width, math.isqrt(n), -1)
+        quarters_B4D = F.adaptive_avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
+        mean_BD = patches_BND.mean(1)
+        return [self.shape(mean_BD), self.color(mean_BD), *self.digit(quarters_B4D).unbind(1)]
+
+
+def make_clip(data, out):
+    notes = json.loads((data / "annotations.json").read_text())
+    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    x, y = pixels(processor, [(data / "images" / name).read_bytes() for name in notes]), targets(notes.values())
+    model = CLIPVisionModel(CLIPVisionConfig(
+        image_size=64, patch_size=8, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+        num_attention_heads=4, projection_dim=128))
+    heads = Heads(128)
+
+    def loss():
+        rows = torch.randint(len(x), (CLIP["batch"],))
+        return sum(F.cross_entropy(z, t) for z, t in zip(heads(model, x[rows]), y[rows].T) if (t >= 0).any())
+
+    train("clip-tiny", [*model.parameters(), *heads.parameters()], loss, **CLIP)
+    held_out = easyvqa_split("test") + digit_scenes(500, True, random.Random(SEED + 1))
+    y = targets([note for _, note, _ in held_out])
+    with torch.no_grad():
+        parts = [heads(model, x) for x in pixels(processor, [png for png, _, _ in held_out]).split(250)]
+    right = [(torch.cat(z).argmax(-1) == t)[t >= 0].float() for z, t in zip(zip(*parts), y.T)]
+    print("clip-tiny held-out accuracy: "
+          f"shape {right[0].mean():.3f}, color {right[1].mean():.3f}, quarter {torch.cat(right[2:]).mean():.3f}")
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+# llama-tiny ----------------------------------------------------------------------------------------------------------
+
+def sentences(data, rng):
+    """Training texts: every stage 2 conversation in the v1 format with a caption for its image; pairs of captions of
+    one image, since stage 1 asks for a caption right after the image; text only."""
+    notes = json.loads((data / "annotations.json").read_text())
+    texts = []
+    for row in json.loads((data / "finetune.json").read_text()):
+        turns = [turn["value"] for turn in row["conversations"]]
+        if "image" in row:
+            turns[0] = caption(notes[row["image"]], rng) + "\n" + turns[0].replace("<image>", "").strip()
+        texts.append(SYSTEM + "".join(f" USER: {human} ASSISTANT: {gpt}</s>" if i == 0 else
+                                      f"USER: {human} ASSISTANT: {gpt}</s>"
+                                      for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2]))))
+    texts += [f"{caption(note, rng)}\n{caption(note, rng)}\n" for note in notes.values()]
+    return rng.sample(texts, len(texts))
+
+
+def make_tokenizer(texts, out):
+    """Stock LLaVA masks a later turn's question on the assumption that "USER" alone is one token more than right after
+    </s> (train.py, preprocess_v1: `round_len -= 1`), as in Llama's vocabulary: USER must be a piece that never merges
+    with the space before it, else training ignores the row ("tokenization mismatch")."""
+    import sentencepiece
+    lines = sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line})
+    with open(out / "tokenizer.model", "wb") as writer:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=writer, model_type="bpe", vocab_size=1000,
+            byte_fallback=True, user_defined_symbols=["USER", *".,:?"], normalization_rule_name="identity",
+            remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    tokenizer = LlamaTokenizer(str(out / "tokenizer.model"), legacy=False, pad_token="<unk>", model_max_length=2048)
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def make_llama(data, out):
+    rng = random.Random(SEED)
+    texts = sentences(data, rng)
+    tokenizer = make_tokenizer(texts, out)
+    ids = sorted((tokenizer(text).input_ids for text in texts), key=len)
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+    print(f"llama-tiny: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{len(texts)} texts of {np.mean([len(i) for i in ids]):.0f} tokens")
+
+    def loss():
+        first = rng.randrange(len(ids) - LLAMA["batch"])  # neighbours in length: little padding
+        rows = ids[first:first + LLAMA["batch"]]
+        batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
+        mask = batch >= 0
+        return model(batch.clamp(min=0), attention_mask=mask.long(), labels=batch).loss
+
+    train("llama-tiny", list(model.parameters()), loss, **LLAMA)
+    model.save_pretrained(out)
+
+
+def main(data, out):
+    manifest = data / "manifest.json"
+    if not manifest.exists():
+        sys.exit(f"{data} holds no data: run scripts/tiny_data.py {data} first")
+    made_from = hashlib.sha256(manifest.read_bytes() + Path(__file__).read_bytes()).hexdigest() + "\n"
+    for name, make in (("clip-tiny", make_clip), ("llama-tiny", make_llama)):
+        final, partial = out / name, out / f"{name}.partial"
+        if final.exists():
+            if not (final / "made_from.sha256").exists() or (final / "made_from.sha256").read_text() != made_from:
+                sys.exit(f"{final} was made from other data or by another scripts/tiny_models.py: delete that folder")
+            print(f"{final}: whole, nothing to do")
+            continue
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        torch.manual_seed(SEED)
+        make(data, partial)
+        (partial / "made_from.sha256").write_text(made_from)
+        os.replace(partial, final)
+        print(f"{final}: written")
+
+
+if __name__ == "__main__":
+    main(*(Path(sys.argv[i] if len(sys.argv) > i else default)
+           for i, default in ((1, "results/tiny/data"), (2, "results/tiny/models"))))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Stock LLaVA at the commit of patches/upstreams.toml, in upstream/LLaVA. From GitHub; where GitHub is out of
+# reach, from the package index: llava-torch, checked by hash, a little older than the commit.
+# upstream/LLaVA.source says which of the two it is; the report's manifest repeats it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH=$PWD/.venv/bin:$PATH
+
+tree=upstream/LLaVA
+read -r url commit requirement sha256 < <(python - <<'EOF'
+import tomllib
+llava = tomllib.load(open("patches/upstreams.toml", "rb"))["llava"]
+print(llava["url"], llava["commit"], llava["package"]["requirement"], llava["package"]["sha256"])
+EOF
+)
+
+from_git() {
+    git clone --quiet --filter=blob:none --no-checkout "$url" "$tree.partial" &&
+        git -C "$tree.partial" sparse-checkout set llava scripts &&
+        git -C "$tree.partial" checkout --quiet "$commit"
+}
+
+# The wheel has no scripts/: the two DeepSpeed configs that training names are written with upstream's settings.
+from_index() {
+    echo "$requirement --hash=sha256:$sha256" >"$tree.requirement" &&
+        .uv/bin/uv pip install --quiet --no-deps --require-hashes --target "$tree.partial" -r "$tree.requirement" &&
+        python - "$tree.partial" <<'EOF'
+import json, pathlib, sys
+scripts = pathlib.Path(sys.argv[1], "scripts")
+scripts.mkdir()
+for stage in (2, 3):
+    zero = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+            "reduce_bucket_size": "auto"}
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
+                 "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+                 "stage3_gather_16bit_weights_on_model_save": True}
+    batch = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps")
+    config = {"bf16": {"enabled": "auto"}, **dict.fromkeys(batch, "auto"), "zero_optimization": zero}
+    (scripts / f"zero{stage}.json").write_text(json.dumps(config, indent=4))
+EOF
+}
+
+if [[ ! -f $tree.source ]]; then
+    rm -rf "$tree" "$tree.partial"
+    mkdir -p upstream
+    if from_git; then
+        source="$url@$commit"
+    else
+        echo "upstream: no git clone of $url could be had: taking $requirement from the package index" >&2
+        rm -rf "$tree.partial"
+        from_index
+        source="$requirement from the package index (sha256 $sha256), close to $commit"
+    fi
+    mv "$tree.partial" "$tree"
+    echo "$source" >"$tree.source"
+fi
+echo "upstream: $(<"$tree.source")"

@@ -1,0 +1,499 @@
+"""The source patcher on real LLaVA, clone and package, and on mutations of it: right or refused."""
+
+import ast
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tomllib
+
+from vista_patch.__main__ import main
+from vista_patch.source import plan
+
+REPO = Path(__file__).parents[1]
+UPSTREAM = tomllib.loads((REPO / "patches/upstreams.toml").read_text())["llava"]
+SPLICE = "prepare_inputs_labels_for_multimodal"
+LLAMA, ARCH, TRAIN = (
+    "llava/model/language_model/llava_llama.py",
+    "llava/model/llava_arch.py",
+    "llava/train/train.py",
+)
+
+
+@pytest.fixture(scope="session")
+def clone(tmp_path_factory):
+    """Stock LLaVA at its pinned commit, got as patches/upstreams.toml says."""
+    root = tmp_path_factory.mktemp("clone") / "LLaVA"
+    for command in (
+        ["git", "clone", "-q", "--filter=blob:none", "--no-checkout", UPSTREAM["url"], root],
+        ["git", "-C", root, "sparse-checkout", "set", *UPSTREAM["sparse"]],
+        ["git", "-C", root, "checkout", "-q", UPSTREAM["commit"]],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"})
+        if done.returncode:
+            pytest.skip(f"{UPSTREAM['url']} cannot be cloned here: {done.stderr.strip()}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory):
+    """The package index's llava-torch, by its hash, as pip or uv installs it."""
+    root, pin = tmp_path_factory.mktemp("package"), UPSTREAM["package"]
+    (root / "pin.txt").write_text(f"{pin['requirement']} --hash=sha256:{pin['sha256']}\n")
+    pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+    install = [*pip, "install", "-q", "--no-deps", "--require-hashes", "--target", root / "site-packages"]
+    done = subprocess.run([*install, "-r", root / "pin.txt"], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"{pin['requirement']} cannot be had here: {done.stderr.strip()}")
+    return root / "site-packages/llava"
+
+
+@pytest.fixture
+def stock(package, tmp_path):
+    """A small LLaVA to mutate: a model class, its splice, the train script less its data code (speed)."""
+    for name in (LLAMA, ARCH, TRAIN):
+        text = (package.parent / name).read_text()
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(re.sub(r"(?s)\ndef maybe_zero_3.*(?=\ndef train\()", "", text))
+    return tmp_path
+
+
+def files(root: Path) -> dict[str, bytes]:
+    """Every file under `root`, hidden ones too, so that a temporary file left behind shows."""
+    return {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*") if p.is_file() and ".git" not in p.parts}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.upstream
+def test_committed_patches_are_what_our_code_makes(clone):
+    made = {f"{Path(name).stem}.patch": text for name, text in plan(clone).diff().items()}
+    committed = {path.name: path.read_bytes().decode() for path in (REPO / "patches/llava").iterdir()}
+    assert committed == made
+    changed = [line for text in made.values() for line in re.findall(r"(?m)^[+-](?![+-]{2} ).*", text)]
+    assert len(changed) <= 12 and all(line.startswith("+") for line in changed)
+
+
+@pytest.mark.upstream
+def test_git_apply_equals_apply(clone, tmp_path):
+    by_git, by_us = tmp_path / "git", tmp_path / "us"
+    shutil.copytree(clone, by_git)
+    shutil.copytree(clone, by_us)
+    before = {name: sha256(clone / name) for name in UPSTREAM["files"]}
+    subprocess.run(["git", "-C", by_git, "apply", *sorted((REPO / "patches/llava").iterdir())], check=True)
+    assert main(["apply", str(by_us)]) == 0
+    assert files(by_git) == files(by_us)
+    after = {name: sha256(by_us / name) for name in UPSTREAM["files"]}
+    assert {n: {"stock": before[n], "patched": after[n]} for n in before} == UPSTREAM["files"]
+
+
+@pytest.mark.upstream
+def test_life_of_a_checkout(clone, tmp_path, capsys):
+    root = shutil.copytree(clone, tmp_path / "LLaVA")
+    stock = files(root)
+
+    def run(*args):
+        code = main([*args, str(root)])
+        return code, capsys.readouterr().out
+
+    code, diff = run("apply", "--dry-run")
+    assert code == 0 and files(root) == stock
+    assert [run(command)[0] for command in ("check", "revert", "apply", "check")] == [1, 0, 0, 0]
+    patched = files(root)
+    subprocess.run(["git", "-C", root, "apply", "-R", "--check"], input=diff, text=True, check=True)
+    code, told = run("apply")
+    assert code == 0 and "already patched" in told and files(root) == patched
+    told = json.loads(run("check", "--json")[1])
+    assert [c["generation"] for c in told["classes"]] == ["C", "C"]
+    assert "LlavaMptForCausalLM.forward is stale" in told["skipped"][0]
+    assert run("revert")[0] == 0 and files(root) == stock
+
+
+def test_installed_package(package, tmp_path):
+    """Its train.py and model files are the commit's, byte for byte, so one set of patches serves both."""
+    for name, hashes in UPSTREAM["files"].items():
+        assert sha256(package.parent / name) == hashes["stock"], name
+    stock = files(package)
+    assert main(["apply", str(package)]) == 0
+    try:
+        for name, hashes in UPSTREAM["files"].items():
+            assert sha256(package.parent / name) == hashes["patched"], name
+        fresh = tmp_path / "fresh"  # a package cache that shares files by hard link must not be patched along
+        pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
+        install = [*pip, "install", "-q", "--no-deps", "--target", fresh, UPSTREAM["package"]["requirement"]]
+        subprocess.run(install, check=True, capture_output=True)
+        assert main(["check", str(fresh / "llava")]) == 1
+    finally:
+        assert main(["revert", str(package)]) == 0
+    assert files(package) == stock
+
+
+def test_a_failure_while_writing_leaves_all_files_as_they_were(stock, monkeypatch, capsys):
+    before, replace = files(stock), os.replace
+
+    def full_disk(source, target):
+        if target == (stock / TRAIN).resolve():
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", full_disk)  # the first file has been replaced by then
+        assert main(["apply", str(stock)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert files(stock) == before
+
+
+def test_edited_lines_are_not_ours_to_remove(stock, capsys):
+    assert main(["apply", str(stock)]) == 0
+    path = stock / TRAIN
+    path.write_text(
+        path.read_text().replace("vista_setup(trainer, model_args)", "vista_setup(trainer, model_args)  # mine")
+    )
+    edited = files(stock)
+    for command in ("revert", "apply", "check"):
+        assert main([command, str(stock)]) == 2
+    line = next(i for i, text in enumerate(path.read_text().splitlines(), 1) if "# mine" in text)
+    assert f"{TRAIN}:{line}" in capsys.readouterr().err
+    assert files(stock) == edited
+
+
+def test_a_moved_line_is_not_ours_to_remove(stock):
+    assert main(["apply", str(stock)]) == 0
+    path = stock / TRAIN
+    path.write_text(
+        path.read_text()
+        .replace("import vista_patch\n", "", 1)
+        .replace("import torch\n", "import torch\nimport vista_patch\n", 1)
+    )
+    edited = files(stock)
+    assert [main([command, str(stock)]) for command in ("revert", "apply", "check")] == [2, 2, 2]
+    assert files(stock) == edited
+
+
+@pytest.mark.parametrize("command, verdict", [("apply", 0), ("revert", 1)])
+def test_a_half_patched_tree_goes_either_way(stock, command, verdict):
+    train = (stock / TRAIN).read_bytes()
+    assert main(["apply", str(stock)]) == 0
+    (stock / TRAIN).write_bytes(train)  # as after `git checkout` of one file
+    assert main(["check", str(stock)]) == 2
+    assert main([command, str(stock)]) == 0
+    assert main(["check", str(stock)]) == verdict
+
+
+# Mutations: `swap` asserts that each still fits, so none can pass by doing nothing.
+
+UNPACK = """(
+                input_ids,
+                position_ids,
+                attention_mask,
+                past_key_values,
+                inputs_embeds,
+                labels
+            )"""
+CALL = """(
+                input_ids,
+                position_ids,
+                attention_mask,
+                past_key_values,
+                labels,
+                images,
+                image_sizes
+            )"""
+TRAINER = """    trainer = LLaVATrainer(model=model,
+                    tokenizer=tokenizer,
+                    args=training_args,
+                    **data_module)
+"""
+PARSER = """    parser = transformers.HfArgumentParser(
+        (ModelArguments, DataArguments, TrainingArguments))
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses()
+"""
+RETURNS = (
+    "return input_ids, position_ids, attention_mask, past_key_values, None, labels",
+    "return None, position_ids, attention_mask, past_key_values, new_input_embeds, new_labels",
+)
+
+
+def swap(name, *pairs):
+    """A mutation: in file `name`, each old text becomes its new one; the old text must be there."""
+
+    def mutate(root):
+        path = root / name
+        text = path.read_bytes().decode()
+        for old, new in pairs:
+            assert old in text, f"the mutation no longer fits {name}: {old}"
+            text = text.replace(old, new)
+        path.write_bytes(text.encode())
+
+    return mutate
+
+
+def everywhere(change):
+    """A mutation: `change` of the bytes of each file."""
+    return lambda root: [(root / name).write_bytes(change((root / name).read_bytes())) for name in (LLAMA, ARCH, TRAIN)]
+
+
+def arguments_elsewhere(root):
+    text = (root / TRAIN).read_text()
+    found = re.search(r"@dataclass\nclass ModelArguments:\n(    .*\n)+", text).group()
+    (root / TRAIN).write_text(
+        text.replace(found, "").replace("import torch\n", "import torch\nfrom .flags import *\n", 1)
+    )
+    imports = "from typing import Optional\nfrom dataclasses import dataclass, field\n"
+    (root / TRAIN).with_name("flags.py").write_text(imports + found)
+
+
+def both(*mutations):
+    return lambda root: [mutate(root) for mutate in mutations]
+
+
+RIGHT = {
+    "crlf": everywhere(lambda data: data.replace(b"\n", b"\r\n")),
+    "mixed line endings": everywhere(lambda data: data.replace(b":\n", b":\r\n")),
+    "tabs": everywhere(lambda data: re.sub(rb"(?m)^( {4})+", lambda m: b"\t" * (len(m[0]) // 4), data)),
+    "byte order mark, crlf": everywhere(lambda data: b"\xef\xbb\xbf" + data.replace(b"\n", b"\r\n")),
+    "latin-1": everywhere(lambda data: b"# -*- coding: latin-1 -*-\n# caf\xe9\n" + data),
+    "no newline at the end": everywhere(lambda data: data.rstrip()),
+    "names in strings": swap(LLAMA, ("import torch\n", f'import torch\nS = """\n    def forward(\n{SPLICE}"""\n')),
+    "forward decorated": swap(
+        LLAMA,
+        (
+            "    def forward(",
+            "    @torch.enable_grad()\n    # why\n    @torch.jit.ignore\n\n    def forward(",
+        ),
+    ),
+    "class in a class": swap(
+        LLAMA,
+        (
+            "    def get_model(",
+            "    class Inner:\n        def forward(self, labels): ...\n\n    def get_model(",
+        ),
+    ),
+    "call by keyword": swap(
+        LLAMA,
+        (
+            CALL + "\n\n        return",
+            "(images=images, image_sizes=image_sizes, labels=labels, past_key_values=past_key_values,\n"
+            "                attention_mask=attention_mask, position_ids=position_ids, input_ids=input_ids)"
+            "\n\n        return",
+        ),
+    ),
+    "unpacked in one line, and not all used": swap(
+        LLAMA, (UNPACK, "input_ids, position_ids, attention_mask, _, inputs_embeds, labels")
+    ),
+    "parameters reordered": both(
+        swap(
+            ARCH,
+            (
+                "input_ids, position_ids, attention_mask, past_key_values, labels,\n        images, image_sizes",
+                "images, labels, input_ids, position_ids, attention_mask, past_key_values, image_sizes",
+            ),
+        ),
+        swap(
+            LLAMA,
+            (CALL, "(images, labels, input_ids, position_ids, attention_mask, past_key_values, image_sizes)"),
+        ),
+    ),
+    "slots reordered": both(
+        swap(ARCH, *[(r, "return " + ", ".join(reversed(r[7:].split(", ")))) for r in RETURNS]),
+        swap(LLAMA, (UNPACK, "labels, inputs_embeds, past_key_values, attention_mask, position_ids, input_ids")),
+    ),
+    "splice renamed": both(*(swap(name, (SPLICE, SPLICE + "_new")) for name in (LLAMA, ARCH))),
+    "a helper in the splice": swap(
+        ARCH,
+        (
+            "        vision_tower = self.get_vision_tower()\n        if vision_tower is None or",
+            "        def pair(x):\n            return x, x\n"
+            "        vision_tower = self.get_vision_tower()\n        if vision_tower is None or",
+        ),
+    ),
+    "dataclass with settings": swap(
+        TRAIN,
+        (
+            "@dataclass\nclass ModelArguments",
+            "@export\n@dataclass(\n    repr=False,\n)  # why\nclass ModelArguments",
+        ),
+    ),
+    "dataclass right after the imports": swap(
+        TRAIN,
+        (
+            "\n\nlocal_rank = None",
+            "\n@dataclass\nclass ModelArguments:\n    version: str = ''\nlocal_rank = None",
+        ),
+        ("@dataclass\nclass ModelArguments:\n    model_name", "@dataclass\nclass Unused:\n    model_name"),
+    ),
+    "arguments in another file": arguments_elsewhere,
+    "arguments reordered": swap(
+        TRAIN,
+        (
+            PARSER,
+            PARSER.replace(
+                "ModelArguments, DataArguments, TrainingArguments",
+                "TrainingArguments, ModelArguments, DataArguments",
+            ).replace("model_args, data_args, training_args", "training_args, model_args, data_args"),
+        ),
+    ),
+    "arguments renamed": swap(TRAIN, ("model_args", "margs"), ("ModelArguments", "MArgs")),
+    "leftover strings": swap(
+        TRAIN,
+        (
+            "training_args = parser.parse_args_into_dataclasses(",
+            "training_args, rest = parser.parse_args_into_dataclasses(return_remaining_strings=True",
+        ),
+    ),
+    "trainer renamed": swap(
+        TRAIN, ("    trainer = LLaVATrainer(", "    t2 = LLaVATrainer("), ("    trainer.", "    t2.")
+    ),
+    "trainer in branches": swap(
+        TRAIN,
+        (
+            TRAINER,
+            (
+                "    if training_args.lora_enable:\n        trainer = LLaVATrainer(model=model)  # one\n"
+                "    else:\n        trainer = transformers.Trainer(\n            model=model,\n        )\n\n"
+            ),
+        ),
+    ),
+    "trainer line with a semicolon": swap(TRAIN, ("**data_module)\n", "**data_module); # end\n")),
+    "a stale vendored copy": lambda root: shutil.copytree(root / "llava", root / "build/lib/llava"),
+    "a second package": lambda root: shutil.copytree(root / "llava", root / "src/nested/llava_two"),
+}
+
+REFUSED = {
+    "eight returned, six unpacked": swap(ARCH, *[(r, r + ", 1, 2") for r in RETURNS]),
+    "one of two returns differs": swap(ARCH, (RETURNS[1], RETURNS[1] + ", 1")),
+    "slot 1 is no position_ids": swap(
+        LLAMA,
+        (
+            UNPACK,
+            UNPACK.replace("position_ids", "multiway_indices"),
+        ),
+    ),
+    "slots swapped in the splice": swap(
+        ARCH, (RETURNS[1], RETURNS[1].replace("new_input_embeds, new_labels", "new_labels, new_input_embeds"))
+    ),
+    "splice returns a dict": swap(ARCH, (RETURNS[1], "return dict(labels=new_labels)")),
+    "splice returns nothing": swap(ARCH, *[(r, r[7:]) for r in RETURNS]),
+    "not unpacked": swap(LLAMA, (UNPACK, "batch")),
+    "unpacked into attributes": swap(LLAMA, (UNPACK, UNPACK.replace("labels", "self.labels"))),
+    "embeddings renamed": swap(LLAMA, (UNPACK, UNPACK.replace("inputs_embeds", "x"))),
+    "splice called twice": swap(
+        LLAMA,
+        ("        return super().forward(", f"        self.{SPLICE}()\n        return super().forward("),
+    ),
+    "splice of another object": swap(LLAMA, (f"self.{SPLICE}", f"self.model.{SPLICE}")),
+    "no labels": swap(LLAMA, ("        labels: Optional[torch.LongTensor] = None,\n", "")),
+    "only stale classes": swap(LLAMA, (CALL, "(input_ids, attention_mask, past_key_values, labels, images)")),
+    "splice defined out of sight": swap(LLAMA, ("LlavaMetaForCausalLM):", "Hidden):")),
+    "splice defined twice, as near": lambda root: shutil.copyfile(root / ARCH, root / "llava/model/llava_arch_old.py"),
+    "no class calls a splice": swap(LLAMA, (SPLICE, "splice")),
+    "model file broken": swap(LLAMA, ("    def forward(", "    def forward((")),
+    "hand-made use of vista_patch": swap(TRAIN, ("import torch\n", "import torch\nimport vista_patch\n")),
+    "argparse": swap(TRAIN, ("transformers.HfArgumentParser(", "argparse.ArgumentParser(")),
+    "dataclasses in a variable": swap(TRAIN, ("(ModelArguments, DataArguments, TrainingArguments)", "KINDS")),
+    "parsed elsewhere": swap(
+        TRAIN,
+        (PARSER, "    model_args, data_args, training_args = parse()\n"),
+        ("def train(", "def parse():\n" + PARSER + "    return model_args\n\n\ndef train("),
+    ),
+    "arguments no dataclass": swap(TRAIN, ("@dataclass\nclass ModelArguments", "class ModelArguments")),
+    "arguments nowhere": swap(TRAIN, ("class ModelArguments", "class Others")),
+    "arguments assigned again": swap(TRAIN, (TRAINER, "    model_args = None\n" + TRAINER)),
+    "no trainer": swap(TRAIN, (TRAINER, "    trainer = make(model)\n")),
+    "trainer unnamed": swap(TRAIN, (TRAINER, "    LLaVATrainer(model=model).train()\n")),
+    "trainer in an attribute": swap(TRAIN, (TRAINER, "    self.trainer = LLaVATrainer(model=model)\n")),
+    "trainer behind a colon": swap(TRAIN, (TRAINER, "    if True: trainer = LLaVATrainer(model=model)\n")),
+    "trainer in a shared line": swap(TRAIN, (TRAINER, "    trainer = LLaVATrainer(model=model); trainer.train()\n")),
+    "trainer in one of two branches": swap(
+        TRAIN,
+        (TRAINER, "    if True: trainer = LLaVATrainer()\n    else:\n        trainer = LLaVATrainer()\n"),
+    ),
+}
+
+
+def names_of(decorators):
+    return [ast.unparse(d).partition("(")[0] for d in decorators]
+
+
+def assert_right(root: Path) -> None:
+    """Every hook stands where it must, as Python's own parser sees it: no code is shared with the patcher."""
+    seen = {"forward": 0, "arguments": 0, "setup": 0}
+    for path in root.rglob("*.py"):
+        if "build" in path.parts:
+            assert b"vista_patch" not in path.read_bytes()
+            continue
+        module = ast.parse(path.read_bytes())
+        text, imported = path.read_bytes(), False
+        for node in ast.walk(module):
+            if isinstance(node, ast.FunctionDef) and "vista_patch.vista_forward" in names_of(node.decorator_list):
+                assert names_of(node.decorator_list).index("vista_patch.vista_forward") == len(node.decorator_list) - 1
+                assert node.name == "forward" and f"self.{SPLICE}" in ast.unparse(node)
+                seen["forward"] += 1
+            if isinstance(node, ast.ClassDef) and "vista_patch.vista_arguments" in names_of(node.decorator_list):
+                names = names_of(node.decorator_list)
+                assert names[names.index("vista_patch.vista_arguments") + 1] == "dataclass"
+                assert node.name in ("ModelArguments", "MArgs")
+                seen["arguments"] += 1
+            for body in (getattr(node, "body", None), getattr(node, "orelse", None)):
+                for first, second in itertools.pairwise(body) if isinstance(body, list) else ():
+                    if "vista_patch.vista_setup" in ast.unparse(second).partition("\n")[0]:
+                        trainer, arguments = re.fullmatch(
+                            r"vista_patch.vista_setup\((\w+), (\w+)\)", ast.unparse(second)
+                        ).groups()
+                        assert re.match(rf"{trainer} = (transformers\.|LLaVA)Trainer\(", ast.unparse(first))
+                        assert arguments in ("model_args", "margs")
+                        seen["setup"] += 1
+        for node in module.body:  # imported before anything uses it
+            imported |= isinstance(node, ast.Import) and node.names[0].name == "vista_patch"
+            assert imported or "vista_patch" not in ast.unparse(node)
+        assert text.count(b"import vista_patch") == (b"vista_patch.vista_" in text)
+    assert all(seen.values()), seen
+
+
+@pytest.mark.parametrize("mutate", RIGHT.values(), ids=RIGHT)
+def test_right_on(stock, mutate):
+    mutate(stock)
+    before = files(stock)
+    assert main(["apply", str(stock)]) == 0
+    assert_right(stock)
+    for name, data in files(stock).items():
+        left = list(before[name].splitlines(keepends=True))
+        added = []
+        for line in data.splitlines(keepends=True):
+            added += [line] if not left or line != left[0] else []
+            left = left[1:] if left and line == left[0] else left
+        assert not left and all(b"vista_patch" in line for line in added), "lines were added, none changed"
+        endings = {re.search(rb"[\r\n]*\Z", line).group() for line in before[name].splitlines(keepends=True)}
+        assert {re.search(rb"[\r\n]*\Z", line).group() for line in added} <= endings
+    assert main(["check", str(stock)]) == 0
+    assert main(["revert", str(stock)]) == 0
+    assert files(stock) == before
+
+
+@pytest.mark.parametrize("mutate", REFUSED.values(), ids=REFUSED)
+def test_refused_on(stock, mutate, capsys):
+    mutate(stock)
+    before = files(stock)
+    assert [main([command, str(stock)]) for command in ("apply", "check")] == [2, 2]
+    assert files(stock) == before
+    told = capsys.readouterr()
+    assert "refused, tree untouched: " in told.err and "Traceback" not in told.err
+    assert re.search(r"(\.py(:\d+)?|" + re.escape(str(stock)) + "): ", told.err), "the reason says where"
+    assert told.out.startswith("other: ") or "\nother: " in told.out
+
+
+def test_refuses_what_is_no_tree(tmp_path, capsys):
+    for path in (tmp_path, REPO / "pyproject.toml"):
+        assert main(["apply", str(path)]) == 2 and str(path) in capsys.readouterr().err
+    command = [sys.executable, "-m", "vista_patch", "apply", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 2 and "nowhere: is no folder" in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,122 @@
+"""The VISTA loss (arXiv 2505.10917, Eq. 9-10) and its cosine form, over padded multimodal batches.
+
+Suffixes name a tensor's axes: B samples, L sequence positions, d hidden size.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .config import VistaConfig
+
+# Elements of x that are held in fp32 at a time: 4 MiB stays in a CPU's cache and bounds the memory on a GPU.
+CHUNK = 2**20
+
+
+class VistaLoss(NamedTuple):
+    """Scalars in fp32 on the batch's device; `cosine` and `share` carry no gradient.
+
+    loss:   the term, unweighted, mean over the samples it applies to (0 where there is none).
+    cosine: mean cosine similarity of x_t to s over those samples' text tokens (each sample counts once).
+    share:  fraction of the batch's samples that the term applies to.
+    """
+
+    loss: torch.Tensor
+    cosine: torch.Tensor
+    share: torch.Tensor
+
+
+def vista_loss(
+    x_BLd: torch.Tensor,
+    h_BLd: torch.Tensor,
+    text_BL: torch.Tensor,
+    image_BL: torch.Tensor,
+    *,
+    metric: str = "l2",
+    reduction: str = "mean",
+    ramp: str = "t/m",
+    detach_text: bool = False,
+) -> VistaLoss:
+    """Distance of each text token's embedding x_t, t = 1..m, to s, the hidden state of the last image token.
+
+    l2:     mean_t f(t) |x_t - s|^2       (Eq. 9; f(t) = t/m and reduction "sum" give Eq. 10 to the letter)
+    cosine: -mean_t f(t) cos(x_t, s)      (Eq. 8 with cosine similarity for the mutual information)
+
+    Args:
+        x_BLd: the decoder's input embeddings, any float dtype.
+        h_BLd: the decoder's last hidden states, after the final norm, any float dtype.
+        text_BL, image_BL: bool, true at text tokens and at image tokens; padding is in neither.
+        metric: "l2" | "cosine".
+        reduction: of |.|^2 over d: "mean" (Eq. 10 times 1/d, as the authors' code) | "sum" (Eq. 10). l2 only.
+        ramp: f(t): "t/m" (Eq. 10) | "t" (the authors' LLaVA cosine code) | "one".
+        detach_text: stop the gradient into x_t, so that only s learns.
+
+    Samples without an image or without text do not count. Arithmetic is fp32 (fp64 for fp64 input), a chunk
+    of L at a time: no fp32 tensor of [B, L, d] exists, and nothing is read back to the host.
+    Raises ValueError on a setting that is none of the choices.
+    """
+    VistaConfig(metric, reduction, ramp)
+    dtype = torch.promote_types(x_BLd.dtype, torch.float32)
+    position_L = torch.arange(text_BL.shape[1], device=text_BL.device)
+    last_B = torch.where(image_BL, position_L, -1).amax(1)  # -1: no image
+    m_B1, t_BL = text_BL.sum(1, keepdim=True).to(dtype), text_BL.cumsum(1).to(dtype)
+    applies_B = (last_B >= 0) & (m_B1[:, 0] > 0)
+    s_Bd = h_BLd[torch.arange(len(h_BLd), device=h_BLd.device), last_B.clamp(min=0)].to(dtype)
+
+    xx_BL, xs_BL, dd_BL = _InnerProducts.apply(x_BLd.detach() if detach_text else x_BLd, s_Bd)
+    ss_B1 = s_Bd.square().sum(1, keepdim=True)
+    cosine_BL = xs_BL * (xx_BL * ss_B1).clamp(min=torch.finfo(dtype).tiny).rsqrt()
+    if metric == "l2":
+        distance_BL = dd_BL / x_BLd.shape[2] if reduction == "mean" else dd_BL
+    elif metric == "cosine":
+        distance_BL = -cosine_BL
+    else:
+        raise ValueError("vista metric is 'off': there is no loss to compute")
+
+    f_BL = {"t/m": t_BL / m_B1.clamp(min=1), "t": t_BL, "one": torch.ones_like(t_BL)}[ramp]
+    per_token_BL = text_BL * applies_B[:, None] / (m_B1.clamp(min=1) * applies_B.sum().clamp(min=1))
+    return VistaLoss(
+        loss=(per_token_BL * f_BL * distance_BL).sum(),
+        cosine=(per_token_BL * cosine_BL.detach()).sum(),
+        share=applies_B.to(dtype).mean(),
+    )
+
+
+class _InnerProducts(torch.autograd.Function):
+    """x.x, x.s and |x - s|^2 of every position, in the dtype of s, without a copy of x in it.
+
+    |x - s|^2 is summed from the difference: x.x - 2 x.s + s.s would cancel where x comes close to s.
+    """
+
+    @staticmethod
+    def forward(ctx, x_BLd, s_Bd):
+        ctx.save_for_backward(x_BLd, s_Bd)
+        products = []
+        for x, s in _chunks(x_BLd, s_Bd):
+            xx = torch.linalg.vecdot(x, x)
+            xs = torch.bmm(x, s.mT)[..., 0]
+            dd = torch.linalg.vector_norm(x - s, dim=-1).square()
+            products.append((xx, xs, dd))
+        return tuple(torch.cat(p, 1) for p in zip(*products, strict=True))
+
+    @staticmethod
+    def backward(ctx, g_xx_BL, g_xs_BL, g_dd_BL):
+        x_BLd, s_Bd = ctx.saved_tensors
+        # d/dx = a x + b s and d/ds = sum_t b x + 2 g_dd s, with per-position a and b.
+        a_BL1 = 2 * (g_xx_BL + g_dd_BL)[..., None]
+        b_BL1 = (g_xs_BL - 2 * g_dd_BL)[..., None]
+        g_x_BLd = torch.empty_like(x_BLd) if ctx.needs_input_grad[0] else None
+        g_s_B1d = 2 * g_dd_BL.sum(1)[:, None, None] * s_Bd[:, None]
+        start = 0
+        for x, s in _chunks(x_BLd, s_Bd):
+            span = slice(start, start := start + x.shape[1])
+            g_s_B1d = g_s_B1d + torch.bmm(b_BL1[:, span].mT, x)
+            if g_x_BLd is not None:
+                g_x_BLd[:, span] = torch.addcmul(a_BL1[:, span] * x, b_BL1[:, span], s)
+        return g_x_BLd, g_s_B1d[:, 0]
+
+
+def _chunks(x_BLd, s_Bd):
+    B, _, d = x_BLd.shape
+    for x in x_BLd.split(max(1, CHUNK // (B * d)), dim=1):
+        yield x.to(s_Bd.dtype), s_Bd[:, None]
