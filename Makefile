@@ -1,5 +1,5 @@
 # The two commands of the README, and what keeps them honest.
-.PHONY: reproduce setup test lint lock
+.PHONY: reproduce setup test test-pins lint lock
 
 reproduce:                ## set up everything and run the miniature (about 20 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
@@ -12,6 +12,9 @@ setup:
 
 test: setup               ## set up everything and run the tests
 	.venv/bin/python -m pytest
+
+test-pins: setup          ## the same training on LLaVA's exact pins (installs 5 GB more)
+	.venv/bin/python -m pytest -m pins
 
 lint: setup
 	.venv/bin/ruff check .

@@ -24,5 +24,6 @@ else
 fi
 ((disk_gb >= need_disk)) || problem "$disk_gb GB of disk are free here, profile $profile needs $need_disk GB"
 ((memory_gb >= need_memory)) || problem "$memory_gb GB of memory are available, profile $profile needs $need_memory GB"
+echo "doctor: $(nproc) cores, $memory_gb GB of memory, $disk_gb GB of disk; profile $profile takes up to $need_disk GB of disk"
 ((problems)) && exit 2
-echo "doctor: $(nproc) cores, $memory_gb GB of memory, $disk_gb GB of disk (of which profile $profile takes up to $need_disk): fine"
+echo "doctor: nothing is missing"

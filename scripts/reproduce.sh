@@ -34,13 +34,12 @@ step() {
 
 export PATH=$PWD/.venv/bin:$PATH
 step scripts/doctor.sh "$profile"
+[[ ! $dry_run ]] || scripts/doctor.sh "$profile" || true # tells the disk; what it lacks does not stop a dry run
 [[ $profile != tiny ]] || step scripts/env.sh # a GPU profile runs in the environment that it is started in
 step scripts/upstream.sh
 step scripts/patch.sh
 step scripts/data.sh "$baseline"
 run=$(python3 scripts/config.py "$baseline" get run)
-tasks=$(python3 scripts/config.py "$baseline" get tasks)
-mapfile -t tasks <<<"$tasks"
 step python3 scripts/manifest.py "$run" --seeds "$seeds" --experiments "${experiments[@]}"
 for ((seed = 0; seed < seeds; seed++)); do
     for experiment in "${experiments[@]}"; do
@@ -48,8 +47,14 @@ for ((seed = 0; seed < seeds; seed++)); do
             step scripts/train.sh "$experiment" "$stage" "$seed"
             [[ ! $dry_run ]] || DRY_RUN=1 scripts/train.sh "$experiment" "$stage" "$seed"
         done
+        tasks=$(python3 scripts/config.py "$experiment" get tasks)
+        mapfile -t tasks <<<"$tasks"
         step scripts/eval.sh "$run/seed$seed/$experiment" "$run/seed$seed/eval/$experiment" "${tasks[@]}"
     done
 done
-[[ $profile != tiny ]] || step python3 scripts/probe.py "$run"
-step python3 scripts/report.py "$run"
+if [[ $profile == tiny ]]; then
+    step python3 scripts/probe.py "$run"
+    step python3 scripts/report.py "$run"
+else
+    echo "reproduce: the results of each task lie in $run/seed*/eval (the report reads the miniature's tasks only)"
+fi

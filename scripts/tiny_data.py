@@ -6,13 +6,14 @@ OUT/images/...            64x64 RGB PNGs of the training split
 OUT/pretrain.json         stage 1, image -> caption, one row per training image (as blip_laion_cc_sbu_558k.json)
 OUT/finetune.json         stage 2, one- and multi-turn conversations, some without an image (as mix665k)
 OUT/annotations.json      training image -> what is known of it: shape, color, digits (top left ... bottom right)
-OUT/eval/TASK.parquet     held-out rows: question_id, image, question, answer, question_type. Tasks: easyvqa, digits, the
-                          same rows with a grey image (easyvqa_blind, digits_blind), and describe (long answers)
+OUT/eval/TASK.parquet     held-out rows: question_id, image, question, answer, question_type. Tasks: easyvqa, digits,
+                          their rows with a grey image (easyvqa_blind, digits_blind), and describe (long answers)
 OUT/manifest.json         sha256 of every file and of this script; written last, so its presence means "whole"
 
 Held out: easy-vqa's own test split, and scenes made only of digit images that no training scene contains.
 Everything follows from SEED: two runs write the same bytes.
 """
+
 import hashlib
 import io
 import json
@@ -27,10 +28,10 @@ SHAPES = ["circle", "rectangle", "triangle"]
 COLORS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
 CELLS = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["no", "one", "two", "three", "four"]
-SCENES = 4000            # digit scenes for training, as many as easy-vqa has training images
-HELD_OUT_DIGITS = 360    # of the 1,797 digit images
+SCENES = 4000  # digit scenes for training, as many as easy-vqa has training images
+HELD_OUT_DIGITS = 360  # of the 1,797 digit images
 PER_TYPE = {"easyvqa": 120, "digits": 60}  # evaluation rows per question type (3 and 5 types)
-DESCRIBE = 32            # long-answer evaluation rows per image set
+DESCRIBE = 32  # long-answer evaluation rows per image set
 GREY = (128, 128, 128)
 
 
@@ -39,9 +40,10 @@ def easyvqa_facts(rows):
     facts = {}
     for question, answer, image in rows:
         words = question.rstrip("?").split()
-        for known, values in zip(facts.setdefault(image, [set(SHAPES), set(COLORS)]), (SHAPES, COLORS)):
+        sets = facts.setdefault(image, [set(SHAPES), set(COLORS)])
+        for known, values in zip(sets, (SHAPES, COLORS), strict=True):
             for value in values:
-                if value == answer or value in words and answer not in ("yes", "no"):
+                if value == answer or (value in words and answer not in ("yes", "no")):
                     known &= {value}
                 elif value in words:
                     present = (answer == "yes") != ("not" in words or "no" in words)
@@ -52,7 +54,8 @@ def easyvqa_facts(rows):
 def easyvqa_split(split):
     """[(png bytes, annotation, [(question, answer, type)])] of easy-vqa's "train" or "test" split."""
     import easy_vqa
-    rows = list(zip(*getattr(easy_vqa, f"get_{split}_questions")()))
+
+    rows = list(zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True))
     paths, facts, questions = getattr(easy_vqa, f"get_{split}_image_paths")(), easyvqa_facts(rows), {}
     for question, answer, image in rows:
         kind = "yes_no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
@@ -64,14 +67,20 @@ def easyvqa_split(split):
     return out
 
 
+def digit_pool(held_out):
+    """Indices into load_digits of the digit images for held-out or for training scenes."""
+    order = random.Random(SEED).sample(range(1797), 1797)
+    return order[:HELD_OUT_DIGITS] if held_out else order[HELD_OUT_DIGITS:]
+
+
 def digit_scenes(count, held_out, rng):
     """Like easyvqa_split, for `count` scenes of 1-4 digits, each in a quarter of the canvas, drawn from one of the two
     disjoint pools of digit images. A digit is 24 of the quarter's 32 pixels wide, at a random place in it."""
     from PIL import Image
     from sklearn.datasets import load_digits
+
     images, values = load_digits(return_X_y=True)
-    order = random.Random(SEED).sample(range(len(values)), len(values))
-    pool = order[:HELD_OUT_DIGITS] if held_out else order[HELD_OUT_DIGITS:]
+    pool = digit_pool(held_out)
     out = []
     for _ in range(count):
         canvas, digits = Image.new("RGB", (64, 64)), [None] * 4
@@ -88,12 +97,21 @@ def digit_questions(digits, rng):
     """[(question, answer, type)]: every question of the five types that this scene answers, in random order."""
     seen = [d for d in digits if d is not None]
     other = rng.choice([d for d in range(10) if d not in seen])
-    out = [(f"what digit is at the {cell}?", str(d), "position") for cell, d in zip(CELLS, digits) if d is not None]
-    out += [(rng.choice(["how many digits are there?", "how many digits does the image contain?"]),
-             NUMBERS[len(seen)], "count"),
-            ("what is the largest digit?", str(max(seen)), "largest"),
-            ("what are the digits in reading order?", " ".join(map(str, seen)), "read"),
-            *[(f"is there a {d} in the image?", a, "yes_no") for d, a in ((rng.choice(seen), "yes"), (other, "no"))]]
+    out = [
+        (f"what digit is at the {cell}?", str(d), "position")
+        for cell, d in zip(CELLS, digits, strict=True)
+        if d is not None
+    ]
+    out += [
+        (
+            rng.choice(["how many digits are there?", "how many digits does the image contain?"]),
+            NUMBERS[len(seen)],
+            "count",
+        ),
+        ("what is the largest digit?", str(max(seen)), "largest"),
+        ("what are the digits in reading order?", " ".join(map(str, seen)), "read"),
+        *[(f"is there a {d} in the image?", a, "yes_no") for d, a in ((rng.choice(seen), "yes"), (other, "no"))],
+    ]
     return rng.sample(out, len(out))
 
 
@@ -102,7 +120,7 @@ def caption(note, rng):
     if "digits" not in note:
         thing = " ".join(filter(None, [note["color"], note["shape"] or "shape"]))
         return rng.choice([f"a {thing}", f"a picture of a {thing}", f"one {thing} on a plain background"])
-    cells = [f"{d} at the {cell}" for cell, d in zip(CELLS, note["digits"]) if d is not None]
+    cells = [f"{d} at the {cell}" for cell, d in zip(CELLS, note["digits"], strict=True) if d is not None]
     count = f"{NUMBERS[len(cells)]} handwritten digit{'s' * (len(cells) > 1)}"
     return rng.choice([f"{count}: " + ", ".join(cells), ", ".join(cells), f"a picture of {count}, " + ", ".join(cells)])
 
@@ -112,15 +130,19 @@ def description(note):
     the color open."""
     if "digits" in note:
         count = sum(d is not None for d in note["digits"])
-        parts = [f"The {cell} part {'is empty' if d is None else f'shows the digit {d}'}."
-                 for cell, d in zip(CELLS, note["digits"])]
+        parts = [
+            f"The {cell} part {'is empty' if d is None else f'shows the digit {d}'}."
+            for cell, d in zip(CELLS, note["digits"], strict=True)
+        ]
         verb = "is one handwritten digit" if count == 1 else f"are {NUMBERS[count]} handwritten digits"
         return f"There {verb} in the image. " + " ".join(parts)
     if not (note["shape"] and note["color"]):
         return None
     no = [s for s in SHAPES if s != note["shape"]]
-    return (f"The image shows one shape on a plain background. The shape is a {note['shape']} and its color is "
-            f"{note['color']}. There is no {no[0]} and no {no[1]} in the image.")
+    return (
+        f"The image shows one shape on a plain background. The shape is a {note['shape']} and its color is "
+        f"{note['color']}. There is no {no[0]} and no {no[1]} in the image."
+    )
 
 
 SHORT = "Answer the question using a single word or phrase."  # as in mix665k, once, and in the evaluation's prompt
@@ -130,14 +152,17 @@ DESCRIBE_QUESTIONS = ["describe the image in detail.", "please describe everythi
 def text_only(rng):
     """One question and answer that needs no image."""
     a, b = rng.sample(range(10), 2)
-    return rng.choice([
-        (f"which is larger, {a} or {b}?", str(max(a, b))),
-        (f"which is smaller, {a} or {b}?", str(min(a, b))),
-        (f"count from {min(a, b)} to {max(a, b)}.", " ".join(map(str, range(min(a, b), max(a, b) + 1)))),
-        ("how many sides does a triangle have?", "three"),
-        ("how many sides does a rectangle have?", "four"),
-        (f"is {rng.choice(COLORS)} a color or a shape?", "a color"),
-        (f"is a {rng.choice(SHAPES)} a color or a shape?", "a shape")])
+    return rng.choice(
+        [
+            (f"which is larger, {a} or {b}?", str(max(a, b))),
+            (f"which is smaller, {a} or {b}?", str(min(a, b))),
+            (f"count from {min(a, b)} to {max(a, b)}.", " ".join(map(str, range(min(a, b), max(a, b) + 1)))),
+            ("how many sides does a triangle have?", "three"),
+            ("how many sides does a rectangle have?", "four"),
+            (f"is {rng.choice(COLORS)} a color or a shape?", "a color"),
+            (f"is a {rng.choice(SHAPES)} a color or a shape?", "a shape"),
+        ]
+    )
 
 
 def png(image):
@@ -147,7 +172,7 @@ def png(image):
 
 
 def turns(pairs):
-    return [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair)]
+    return [{"from": who, "value": value} for pair in pairs for who, value in zip(("human", "gpt"), pair, strict=True)]
 
 
 def with_image(pairs, rng):
@@ -170,7 +195,7 @@ def write_training(out, rng):
             if long and rng.random() < 0.4:
                 finetune.append({**row, "conversations": with_image([(rng.choice(DESCRIBE_QUESTIONS), long)], rng)})
             asked[0] = (f"{asked[0][0]}\n{SHORT}", asked[0][1])
-            finetune.append({**row, "conversations": with_image(asked[:rng.randint(1, 6)], rng)})
+            finetune.append({**row, "conversations": with_image(asked[: rng.randint(1, 6)], rng)})
     for i in range(600):
         pairs = [text_only(rng) for _ in range(rng.randint(1, 4))]
         finetune.append({"id": f"text-{i}", "conversations": turns(pairs)})
@@ -181,16 +206,23 @@ def write_training(out, rng):
 
 def write_eval(out, rng):
     from PIL import Image
+
     blank, describe = png(Image.new("RGB", (64, 64), GREY)), []
     for name, samples in (("easyvqa", easyvqa_split("test")), ("digits", digit_scenes(1000, True, rng))):
         rows = [(i, data, *qa) for i, (data, _, questions) in enumerate(samples) for qa in questions]
         rows = rng.sample(rows, len(rows))
-        chosen = [row for kind in sorted({row[4] for row in rows})
-                  for row in [row for row in rows if row[4] == kind][:PER_TYPE[name]]]
+        chosen = [
+            row
+            for kind in sorted({row[4] for row in rows})
+            for row in [row for row in rows if row[4] == kind][: PER_TYPE[name]]
+        ]
         write_parquet(out / f"{name}.parquet", name, chosen)
         write_parquet(out / f"{name}_blind.parquet", name, [(i, blank, *qa) for i, _, *qa in chosen])
-        long = [(i, data, DESCRIBE_QUESTIONS[0], description(note), name)
-                for i, (data, note, _) in enumerate(samples) if description(note)]
+        long = [
+            (i, data, DESCRIBE_QUESTIONS[0], description(note), name)
+            for i, (data, note, _) in enumerate(samples)
+            if description(note)
+        ]
         describe += rng.sample(long, DESCRIBE)
     write_parquet(out / "describe.parquet", "describe", describe)
 
@@ -199,13 +231,19 @@ def write_parquet(path, name, rows):
     """rows: (image number, png bytes, question, answer, type). The metadata lets `datasets` decode the image column."""
     import pyarrow
     import pyarrow.parquet
+
     path.parent.mkdir(exist_ok=True)
     text = ["question_id", "question", "answer", "question_type"]
     features = {"image": {"_type": "Image"}} | {key: {"dtype": "string", "_type": "Value"} for key in text}
-    columns = dict(zip(("question", "answer", "question_type"), zip(*[row[2:] for row in rows])))
-    table = pyarrow.table({
-        "question_id": [f"{name}-{i:03d}" for i in range(len(rows))],
-        "image": [{"bytes": row[1], "path": f"{row[4]}-{row[0]}.png"} for row in rows], **columns})
+    table = pyarrow.table(
+        {
+            "question_id": [f"{name}-{i:03d}" for i in range(len(rows))],
+            "image": [{"bytes": row[1], "path": f"{row[4]}-{row[0]}.png"} for row in rows],
+            "question": [row[2] for row in rows],
+            "answer": [row[3] for row in rows],
+            "question_type": [row[4] for row in rows],
+        }
+    )
     info = {"huggingface": json.dumps({"info": {"features": {key: features[key] for key in table.column_names}}})}
     pyarrow.parquet.write_table(table.replace_schema_metadata(info), path)
 
@@ -222,8 +260,8 @@ def files(folder):
 
 def main(out):
     if out.exists():
-        manifest = out / "manifest.json"
-        if not manifest.exists() or json.loads(manifest.read_text()) != {"script": sha256(Path(__file__)), "files": files(out)}:
+        manifest, expected = out / "manifest.json", {"script": sha256(Path(__file__)), "files": files(out)}
+        if not manifest.exists() or json.loads(manifest.read_text()) != expected:
             sys.exit(f"{out} is not what this version of scripts/tiny_data.py writes: delete that folder and run again")
         return print(f"{out}: whole, nothing to do")
     partial = out.with_name(out.name + ".partial")

@@ -2,13 +2,14 @@
 
     python scripts/tiny_models.py [DATA] [OUT]     default results/tiny/data results/tiny/models
 
-OUT/clip-tiny    CLIPVisionModel and CLIPImageProcessor. Supervised by the annotations (shape, color, the digit in each
-                 quarter) on the patch tokens of hidden_states[-2], the layer that LLaVA reads (mm_vision_select_layer -2).
+OUT/clip-tiny    CLIPVisionModel and CLIPImageProcessor. Supervised by the annotations (shape, color, the digit in
+                 each quarter) on the patch tokens of hidden_states[-2]: the layer that LLaVA reads.
 OUT/llama-tiny   LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer, trained on captions and on the stage 2
                  conversations with a caption in the image's place. It sees no image and no held-out row.
 
 A model that is there already is skipped. Each is written under another name and renamed when whole.
 """
+
 import hashlib
 import io
 import json
@@ -25,21 +26,30 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tiny_data import COLORS, SEED, SHAPES, caption, digit_scenes, easyvqa_split
-from transformers import (CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM,
-                          LlamaTokenizer)
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaTokenizer,
+)
 
 # Stock LLaVA's "v1" conversation opens with this sentence: the language model meets it in training, as Vicuna did.
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-CLIP = dict(steps=700, batch=64, lr=1e-3)
-LLAMA = dict(steps=400, batch=32, lr=2e-3)
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+CLIP = {"steps": 700, "batch": 64, "lr": 1e-3}
+LLAMA = {"steps": 400, "batch": 32, "lr": 2e-3}
 
 
 def train(name, parameters, loss_of_step, steps, lr, **_):
     """AdamW with warm-up and cosine decay; loss_of_step() returns the loss of a fresh batch."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
     shape = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / 50, 0.5 * (1 + math.cos(math.pi * i / steps))))
+        optimizer, lambda i: min((i + 1) / 50, 0.5 * (1 + math.cos(math.pi * i / steps)))
+    )
     start = time.time()
     for step in range(1, steps + 1):
         loss = loss_of_step()
@@ -50,17 +60,27 @@ def train(name, parameters, loss_of_step, steps, lr, **_):
         shape.step()
         if step % 50 == 0 or step == steps:
             seconds = time.time() - start
-            print(f"{name} step {step}/{steps} loss {loss.item():.3f} {seconds:.0f} s, "
-                  f"{seconds / step * (steps - step):.0f} s left", flush=True)
+            print(
+                f"{name} step {step}/{steps} loss {loss.item():.3f} {seconds:.0f} s, "
+                f"{seconds / step * (steps - step):.0f} s left",
+                flush=True,
+            )
 
 
 # clip-tiny -----------------------------------------------------------------------------------------------------------
 
+
 def targets(notes):
     """[N, 6] int64: shape, color, digit in each quarter (10: empty); -100: not known or not asked of this image."""
     index = {None: -100, **{v: i for values in (SHAPES, COLORS) for i, v in enumerate(values)}}
-    return torch.tensor([[-100, -100, *(10 if d is None else d for d in note["digits"])] if "digits" in note
-                         else [index[note["shape"]], index[note["color"]], *[-100] * 4] for note in notes])
+    return torch.tensor(
+        [
+            [-100, -100, *(10 if d is None else d for d in note["digits"])]
+            if "digits" in note
+            else [index[note["shape"]], index[note["color"]], *[-100] * 4]
+            for note in notes
+        ]
+    )
 
 
 def pixels(processor, pngs):
@@ -78,6 +98,7 @@ class Heads(torch.nn.Module):
         self.digit = torch.nn.Linear(width, 11)
 
     def forward(self, model, x_BCHW):
+        """Logits [B, classes] for each of the six targets."""
         patches_BND = model(x_BCHW, output_hidden_states=True).hidden_states[-2][:, 1:]
         batch, n, width = patches_BND.shape
         grid = patches_BND.transpose(1, 2).reshape(batch, width, math.isqrt(n), -1)
@@ -90,28 +111,41 @@ def make_clip(data, out):
     notes = json.loads((data / "annotations.json").read_text())
     processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     x, y = pixels(processor, [(data / "images" / name).read_bytes() for name in notes]), targets(notes.values())
-    model = CLIPVisionModel(CLIPVisionConfig(
-        image_size=64, patch_size=8, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-        num_attention_heads=4, projection_dim=128))
+    model = CLIPVisionModel(
+        CLIPVisionConfig(
+            image_size=64,
+            patch_size=8,
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=128,
+        )
+    )
     heads = Heads(128)
 
     def loss():
         rows = torch.randint(len(x), (CLIP["batch"],))
-        return sum(F.cross_entropy(z, t) for z, t in zip(heads(model, x[rows]), y[rows].T) if (t >= 0).any())
+        logits = heads(model, x[rows])
+        return sum(F.cross_entropy(z, t) for z, t in zip(logits, y[rows].T, strict=True) if (t >= 0).any())
 
     train("clip-tiny", [*model.parameters(), *heads.parameters()], loss, **CLIP)
     held_out = easyvqa_split("test") + digit_scenes(500, True, random.Random(SEED + 1))
     y = targets([note for _, note, _ in held_out])
     with torch.no_grad():
         parts = [heads(model, x) for x in pixels(processor, [png for png, _, _ in held_out]).split(250)]
-    right = [(torch.cat(z).argmax(-1) == t)[t >= 0].float() for z, t in zip(zip(*parts), y.T)]
-    print("clip-tiny held-out accuracy: "
-          f"shape {right[0].mean():.3f}, color {right[1].mean():.3f}, quarter {torch.cat(right[2:]).mean():.3f}")
+    logits = [torch.cat(z) for z in zip(*parts, strict=True)]
+    right = [(z.argmax(-1) == t)[t >= 0].float() for z, t in zip(logits, y.T, strict=True)]
+    print(
+        "clip-tiny held-out accuracy: "
+        f"shape {right[0].mean():.3f}, color {right[1].mean():.3f}, quarter {torch.cat(right[2:]).mean():.3f}"
+    )
     model.save_pretrained(out)
     processor.save_pretrained(out)
 
 
 # llama-tiny ----------------------------------------------------------------------------------------------------------
+
 
 def sentences(data, rng):
     """Training texts: every stage 2 conversation in the v1 format with a caption for its image; pairs of captions of
@@ -122,9 +156,13 @@ def sentences(data, rng):
         turns = [turn["value"] for turn in row["conversations"]]
         if "image" in row:
             turns[0] = caption(notes[row["image"]], rng) + "\n" + turns[0].replace("<image>", "").strip()
-        texts.append(SYSTEM + "".join(f" USER: {human} ASSISTANT: {gpt}</s>" if i == 0 else
-                                      f"USER: {human} ASSISTANT: {gpt}</s>"
-                                      for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2]))))
+        texts.append(
+            SYSTEM
+            + "".join(
+                f" USER: {human} ASSISTANT: {gpt}</s>" if i == 0 else f"USER: {human} ASSISTANT: {gpt}</s>"
+                for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True))
+            )
+        )
     texts += [f"{caption(note, rng)}\n{caption(note, rng)}\n" for note in notes.values()]
     return rng.sample(texts, len(texts))
 
@@ -134,12 +172,22 @@ def make_tokenizer(texts, out):
     </s> (train.py, preprocess_v1: `round_len -= 1`), as in Llama's vocabulary: USER must be a piece that never merges
     with the space before it, else training ignores the row ("tokenization mismatch")."""
     import sentencepiece
+
     lines = sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line})
     with open(out / "tokenizer.model", "wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=writer, model_type="bpe", vocab_size=1000,
-            byte_fallback=True, user_defined_symbols=["USER", *".,:?"], normalization_rule_name="identity",
-            remove_extra_whitespaces=False, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+            sentence_iterator=iter(lines),
+            model_writer=writer,
+            model_type="bpe",
+            vocab_size=1000,
+            byte_fallback=True,
+            user_defined_symbols=["USER", *".,:?"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            hard_vocab_limit=False,
+            num_threads=1,
+            minloglevel=2,
+        )
     tokenizer = LlamaTokenizer(str(out / "tokenizer.model"), legacy=False, pad_token="<unk>", model_max_length=2048)
     tokenizer.save_pretrained(out)
     return tokenizer
@@ -150,15 +198,27 @@ def make_llama(data, out):
     texts = sentences(data, rng)
     tokenizer = make_tokenizer(texts, out)
     ids = sorted((tokenizer(text).input_ids for text in texts), key=len)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0))
-    print(f"llama-tiny: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{len(texts)} texts of {np.mean([len(i) for i in ids]):.0f} tokens")
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    )
+    print(
+        f"llama-tiny: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(texts)} texts of {np.mean([len(i) for i in ids]):.0f} tokens"
+    )
 
     def loss():
         first = rng.randrange(len(ids) - LLAMA["batch"])  # neighbours in length: little padding
-        rows = ids[first:first + LLAMA["batch"]]
+        rows = ids[first : first + LLAMA["batch"]]
         batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
         mask = batch >= 0
         return model(batch.clamp(min=0), attention_mask=mask.long(), labels=batch).loss
@@ -189,5 +249,9 @@ def main(data, out):
 
 
 if __name__ == "__main__":
-    main(*(Path(sys.argv[i] if len(sys.argv) > i else default)
-           for i, default in ((1, "results/tiny/data"), (2, "results/tiny/models"))))
+    main(
+        *(
+            Path(sys.argv[i] if len(sys.argv) > i else default)
+            for i, default in ((1, "results/tiny/data"), (2, "results/tiny/models"))
+        )
+    )

@@ -44,7 +44,7 @@ if [[ -f $out/done ]]; then
     diff <(xargs -n1 <"$out/done") <(printf '%s\n' "${command[@]}") >&2
     exit 2
 fi
-[[ $stage == finetune && ! -f $projector ]] && echo "finetune: no $projector: run the pretrain stage first" >&2 && exit 2
+[[ $stage == finetune && ! -f ${projector%/*}/done ]] && echo "finetune: ${projector%/*} is not done: run the pretrain stage first" >&2 && exit 2
 [[ $stage == pretrain ]] && rm -rf "$out"
 mkdir -p "$out"
 

@@ -63,12 +63,16 @@ def vista_loss(
     applies_B = (last_B >= 0) & (m_B1[:, 0] > 0)
     s_Bd = h_BLd[torch.arange(len(h_BLd), device=h_BLd.device), last_B.clamp(min=0)].to(dtype)
 
-    xx_BL, xs_BL, dd_BL = _InnerProducts.apply(x_BLd.detach() if detach_text else x_BLd, s_Bd)
+    x_BLd = x_BLd.detach() if detach_text else x_BLd
     ss_B1 = s_Bd.square().sum(1, keepdim=True)
-    cosine_BL = xs_BL * (xx_BL * ss_B1).clamp(min=torch.finfo(dtype).tiny).rsqrt()
     if metric == "l2":
+        xx_BL, dd_BL = _InnerProducts.apply(x_BLd, s_Bd, True)
+        xs_BL = (xx_BL + ss_B1 - dd_BL) / 2  # for the figure `cosine` alone
         distance_BL = dd_BL / x_BLd.shape[2] if reduction == "mean" else dd_BL
+        cosine_BL = _cosine(xs_BL, xx_BL, ss_B1)
     elif metric == "cosine":
+        xx_BL, xs_BL = _InnerProducts.apply(x_BLd, s_Bd, False)
+        cosine_BL = _cosine(xs_BL, xx_BL, ss_B1)
         distance_BL = -cosine_BL
     else:
         raise ValueError("vista metric is 'off': there is no loss to compute")
@@ -82,38 +86,45 @@ def vista_loss(
     )
 
 
+def _cosine(xs, xx, ss):
+    return xs * (xx * ss).clamp(min=torch.finfo(xs.dtype).tiny).rsqrt()  # padding is 0: no 0/0 there
+
+
 class _InnerProducts(torch.autograd.Function):
-    """x.x, x.s and |x - s|^2 of every position, in the dtype of s, without a copy of x in it.
+    """x.x, and |x - s|^2 if `difference` else x.s, of every position, in the dtype of s, without a copy of x in it.
 
     |x - s|^2 is summed from the difference: x.x - 2 x.s + s.s would cancel where x comes close to s.
     """
 
     @staticmethod
-    def forward(ctx, x_BLd, s_Bd):
+    def forward(ctx, x_BLd, s_Bd, difference):
         ctx.save_for_backward(x_BLd, s_Bd)
+        ctx.difference = difference
         products = []
         for x, s in _chunks(x_BLd, s_Bd):
-            xx = torch.linalg.vecdot(x, x)
-            xs = torch.bmm(x, s.mT)[..., 0]
-            dd = torch.linalg.vector_norm(x - s, dim=-1).square()
-            products.append((xx, xs, dd))
+            xx = torch.linalg.vector_norm(x, dim=-1).square()
+            other = torch.linalg.vector_norm(x - s, dim=-1).square() if difference else torch.bmm(x, s.mT)[..., 0]
+            products.append((xx, other))
         return tuple(torch.cat(p, 1) for p in zip(*products, strict=True))
 
     @staticmethod
-    def backward(ctx, g_xx_BL, g_xs_BL, g_dd_BL):
+    def backward(ctx, g_xx_BL, g_other_BL):
         x_BLd, s_Bd = ctx.saved_tensors
-        # d/dx = a x + b s and d/ds = sum_t b x + 2 g_dd s, with per-position a and b.
-        a_BL1 = 2 * (g_xx_BL + g_dd_BL)[..., None]
-        b_BL1 = (g_xs_BL - 2 * g_dd_BL)[..., None]
+        # d/dx = a x + b s and d/ds = sum_t (b x + c s), with per-position a, b, c.
+        if ctx.difference:
+            a_BL, b_BL, c_BL = 2 * (g_xx_BL + g_other_BL), -2 * g_other_BL, 2 * g_other_BL
+        else:
+            a_BL, b_BL, c_BL = 2 * g_xx_BL, g_other_BL, torch.zeros_like(g_other_BL)
+        a_BL1, b_BL1 = a_BL[..., None], b_BL[..., None]
         g_x_BLd = torch.empty_like(x_BLd) if ctx.needs_input_grad[0] else None
-        g_s_B1d = 2 * g_dd_BL.sum(1)[:, None, None] * s_Bd[:, None]
+        g_s_B1d = c_BL.sum(1)[:, None, None] * s_Bd[:, None]
         start = 0
         for x, s in _chunks(x_BLd, s_Bd):
             span = slice(start, start := start + x.shape[1])
-            g_s_B1d = g_s_B1d + torch.bmm(b_BL1[:, span].mT, x)
+            g_s_B1d += torch.bmm(b_BL1[:, span].mT, x)
             if g_x_BLd is not None:
-                g_x_BLd[:, span] = torch.addcmul(a_BL1[:, span] * x, b_BL1[:, span], s)
-        return g_x_BLd, g_s_B1d[:, 0]
+                g_x_BLd[:, span] = (a_BL1[:, span] * x).addcmul_(b_BL1[:, span], s)
+        return g_x_BLd, g_s_B1d[:, 0], None
 
 
 def _chunks(x_BLd, s_Bd):

@@ -231,9 +231,7 @@ def plan_classes(result: Plan, files: list[File]) -> None:
         raise Refused("; ".join([nothing, *result.skipped]))
 
 
-def read_class(
-    f: File, cls: cst.ClassDef, forward: cst.FunctionDef, calls: list[cst.Call], files: list[File]
-) -> dict:
+def read_class(f: File, cls: cst.ClassDef, forward: cst.FunctionDef, calls: list[cst.Call], files: list[File]) -> dict:
     """What `check` tells of a class. Raises Refused if the term could not be right, Stale for dead code."""
     call, name = calls[0], last_name(calls[0])
     what = f"{f.at(call)}: {cls.name.value}.forward"
@@ -261,9 +259,7 @@ def read_class(
         raise Stale(f"{what} is stale: {name} at {g.at(splice)} cannot be called so ({error})") from None
     returns = [r for owner, r in g.outline.returns if owner is splice]
     if not returns or not {"input_ids", "attention_mask", "labels"} <= set(taken.parameters):
-        raise Refused(
-            f"{g.at(splice)}: {name} takes no input_ids, attention_mask, labels, or returns nothing"
-        )
+        raise Refused(f"{g.at(splice)}: {name} takes no input_ids, attention_mask, labels, or returns nothing")
     for statement in returns:
         parts = statement.value.elements if isinstance(statement.value, cst.Tuple) else []
         if len(parts) != len(targets):
@@ -306,16 +302,12 @@ def plan_script(f: File, load) -> dict:
     results = names(parsed[0].targets[0].target) if len(parsed) == 1 else []
     kinds = names(parser.args[0].value) if parser.args else []
     if not kinds or len(results) < len(kinds):
-        raise Refused(
-            f"{f.at(parser)}: the parser does not get dataclasses by name, parsed into as many names"
-        )
+        raise Refused(f"{f.at(parser)}: the parser does not get dataclasses by name, parsed into as many names")
     trainers = [(line, a) for line, a in made if last_name(a.value).endswith("Trainer")]
     calls = [c for s, c in f.outline.calls if s is function and last_name(c).endswith("Trainer")]
     alone = [names(a.targets[0].target) for line, a in trainers if len(line.body) == 1]
     if not calls or len(alone) != len(calls) or any(len(name) != 1 for name in alone):
-        raise Refused(
-            f"{f.at(parser)}: no trainer is made in this function, or not by a statement `name = ...`"
-        )
+        raise Refused(f"{f.at(parser)}: no trainer is made in this function, or not by a statement `name = ...`")
 
     # The first that is no TrainingArguments is the model's. Leftover strings may take a last name.
     pairs = zip(results, kinds, strict=False)
@@ -426,10 +418,5 @@ def signature(function: cst.FunctionDef) -> inspect.Signature:
         ([p.star_kwarg], kinds.VAR_KEYWORD),
     ]
     return inspect.Signature(
-        [
-            kinds(q.name.value, kind, default=q.default or kinds.empty)
-            for group, kind in groups
-            for q in group
-            if q
-        ]
+        [kinds(q.name.value, kind, default=q.default or kinds.empty) for group, kind in groups for q in group if q]
     )

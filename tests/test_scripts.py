@@ -1,0 +1,110 @@
+"""The scripts' own duties: named configs, the plan of a run, and one clear error for what is wrong."""
+
+import os
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+
+PAPER = {  # section 5.1 and appendix; LLaVA's own recipe, which the paper says it follows
+    "pretrain": {"learning_rate": "0.001", "global_batch": 256, "version": "plain"},
+    "finetune": {"learning_rate": "2e-05", "global_batch": 128, "version": "v1"},
+}
+
+
+def run(*command, **environment):
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def flags(experiment, stage):
+    code, out, err = run(ROOT / ".venv/bin/python", "scripts/config.py", experiment, stage)
+    assert code == 0, err
+    words = out.split()
+    return dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
+
+
+@pytest.mark.parametrize("stage", PAPER)
+def test_the_7b_experiments_hold_the_papers_values_and_differ_in_vista_alone(stage):
+    baseline = flags("llava-v1.5-7b", stage)
+    batch = int(baseline["per_device_train_batch_size"]) * 8 * int(baseline["gradient_accumulation_steps"])
+    assert {**PAPER[stage], "global_batch": batch} == PAPER[stage]
+    assert all(baseline[key] == str(value) for key, value in PAPER[stage].items() if key != "global_batch")
+    assert baseline["bf16"] == "True" and baseline["model_max_length"] == "2048" and baseline["vista"] == "off"
+    for experiment, metric in (("llava-v1.5-7b-vista", "l2"), ("llava-v1.5-7b-vista-cosine", "cosine")):
+        assert flags(experiment, stage) == baseline | {"vista": metric}
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """write(text) makes an experiment "mine" in a copy of scripts/configs."""
+    import shutil
+    import sys
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import config as module
+
+    shutil.copytree(module.CONFIGS, tmp_path / "configs")
+    monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
+
+    def write(text):
+        (tmp_path / "configs/mine.toml").write_text('base = "llava-v1.5-7b"\n' + text)
+        return module
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("[train]\nlerning_rate = 1", r"\[train\] unknown key 'lerning_rate'"),
+        ("[pretrain]\nlerning_rate = 1.0", "did you mean 'learning_rate'"),
+        ("rank = 4", "did you mean 'ranks'"),
+        ('[vista]\nvista_weight = "1"', "must be float"),
+        ("ranks = 3", "global_batch 256 is not a multiple of per_device_train_batch_size 32 x ranks 3"),
+        ("ranks =", "Invalid value"),
+    ],
+)
+def test_a_wrong_config_is_one_error_that_names_the_nearest(config, capsys, text, message):
+    module = config(text)
+    assert module.main(["mine", "pretrain"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    with pytest.raises(module.ConfigError, match=message):
+        module.flags(module.load("mine"), "pretrain")
+
+
+def test_fewer_gpus_keep_the_global_batch_by_accumulation(config):
+    module = config("ranks = 2")
+    words = module.flags(module.load("mine"), "finetune")
+    assert words[words.index("--gradient_accumulation_steps") + 1] == "4"
+
+
+def test_dry_run_prints_every_resolved_command_and_does_nothing():
+    before = sorted((ROOT / "results").rglob("*")) if (ROOT / "results").exists() else []
+    code, out, err = run("scripts/reproduce.sh", "--profile", "v1.5-7b", "--dry-run")
+    assert code == 0, err
+    commands = [line for line in out.splitlines() if line.startswith("deepspeed ")]
+    assert len(commands) == 6 and sum("--vista l2" in line for line in commands) == 2
+    assert "disk" in out
+    after = sorted((ROOT / "results").rglob("*")) if (ROOT / "results").exists() else []
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    "command,message",
+    [
+        (["scripts/reproduce.sh", "--profile", "large"], "choose tiny or v1.5-7b"),
+        (["scripts/reproduce.sh", "--seeds", "0"], "give a number from 1 on"),
+        (["scripts/reproduce.sh", "--sedes", "1"], "unknown option --sedes"),
+        (["scripts/train.sh", "llava-tiny-vist", "pretrain"], "did you mean 'llava-tiny-vista'"),
+        (["scripts/train.sh", "llava-tiny", "finetune", "987"], "run the pretrain stage first"),
+        (["scripts/data.sh", "llava-v1.5-7b"], "blip_laion_cc_sbu_558k.json"),
+        (["scripts/doctor.sh", "v1.5-7b"], "needs a GPU"),
+        (["scripts/eval.sh", "results/none", "results/none/eval", "digits"], "train this experiment first"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_place(command, message):
+    code, _, err = run(*command)
+    assert code != 0 and message in err and "Traceback" not in err

@@ -1,0 +1,218 @@
+"""The miniature's data: the same bytes every time, nothing held out leaks into training, and the answers are right."""
+
+import hashlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "tiny_data.py"
+for module in ("easy_vqa", "sklearn", "pyarrow.parquet"):
+    pytest.importorskip(module, reason="needs the miniature's environment")
+sys.path.insert(0, str(SCRIPT.parent))
+
+import pyarrow.parquet  # noqa: E402
+import tiny_data  # noqa: E402
+from PIL import Image  # noqa: E402
+
+TASKS = ("easyvqa", "digits")
+
+
+def run(out, hash_seed="0"):
+    return subprocess.run(
+        [sys.executable, SCRIPT, out], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("tiny") / "data"
+    done = run(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def load(data, name):
+    return json.loads((data / f"{name}.json").read_text())
+
+
+def rows(data, task):
+    return pyarrow.parquet.read_table(data / "eval" / f"{task}.parquet").to_pylist()
+
+
+def images(conversation_rows):
+    return [row["image"] for row in conversation_rows if "image" in row]
+
+
+def pairs(row):
+    """(question without image tag and suffix, answer) of each turn."""
+    values = [turn["value"] for turn in row["conversations"]]
+    return [
+        (q.replace("<image>", "").replace(tiny_data.SHORT, "").strip(), a)
+        for q, a in zip(values[::2], values[1::2], strict=True)
+    ]
+
+
+def pixels(png):
+    return hashlib.sha256(np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).tobytes()).hexdigest()
+
+
+def check_answer(question, answer, note):
+    """Whether `answer` is right for a digit scene, from the annotation alone and by other code than the generator's."""
+    seen = [d for d in note["digits"] if d is not None]
+    if question.startswith("what digit is at the "):
+        row, column = question.rstrip("?").split()[-2:]
+        return answer == str(note["digits"][2 * (row == "bottom") + (column == "right")])
+    if question.startswith("how many"):
+        return answer == ["one", "two", "three", "four"][len(seen) - 1]
+    if question.startswith("what is the largest"):
+        return answer == str(sorted(seen)[-1])
+    if question.startswith("what are the digits"):
+        return [int(d) for d in answer.split()] == seen
+    if question.startswith("is there a"):
+        return answer == ("yes" if int(question.split()[3]) in seen else "no")
+    return None
+
+
+def test_same_bytes_whatever_the_hash_seed(data, tmp_path):
+    assert run(tmp_path / "again", "1").returncode == 0
+    assert (tmp_path / "again" / "manifest.json").read_bytes() == (data / "manifest.json").read_bytes()
+    assert tiny_data.files(data) == load(data, "manifest")["files"]
+
+
+def test_whole_output_is_kept_and_a_damaged_one_refused(data, tmp_path):
+    assert "nothing to do" in run(data).stdout
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(json.dumps({"script": "other", "files": {}}))
+    refused = run(tmp_path / "data")
+    assert refused.returncode == 1 and "delete that folder" in refused.stderr and "Traceback" not in refused.stderr
+
+
+def test_no_held_out_image_is_trained_on(data):
+    trained = {pixels(path.read_bytes()) for path in (data / "images").rglob("*.png")}
+    held_out = {pixels(row["image"]["bytes"]) for task in (*TASKS, "describe") for row in rows(data, task)}
+    assert len(trained) > 7000 and len(held_out) > 500
+    assert not trained & held_out
+
+
+def test_the_digit_pools_are_disjoint():
+    """Each scene repeats its digits' pixels: no digit of a held-out scene may be the same image as a training one."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().data
+    train, held_out = tiny_data.digit_pool(False), tiny_data.digit_pool(True)
+    assert len(train) + len(held_out) == len(digits) == 1797
+    assert not {digits[i].tobytes() for i in train} & {digits[i].tobytes() for i in held_out}
+
+
+def test_digit_answers_follow_from_the_scene(data):
+    notes = load(data, "annotations")
+    checked = [
+        check_answer(q, a, notes[row["image"]])
+        for row in load(data, "finetune")
+        if row.get("image", "").startswith("digits/")
+        for q, a in pairs(row)
+        if not q.endswith("detail.")
+    ]
+    assert False not in checked and checked.count(True) > 5000
+    for _, note, questions in tiny_data.digit_scenes(200, True, random.Random(7)):
+        assert all(check_answer(q, a, note) for q, a, _ in questions)
+
+
+def test_easyvqa_answers_are_its_own(data):
+    import easy_vqa
+
+    trained = [
+        (q, a, int(Path(row["image"]).stem))
+        for row in load(data, "finetune")
+        if row.get("image", "").startswith("easyvqa/")
+        for q, a in pairs(row)
+        if q not in tiny_data.DESCRIBE_QUESTIONS
+    ]
+    evaluated = [
+        (row["question"], row["answer"], int(Path(row["image"]["path"]).stem.split("-")[1]))
+        for row in rows(data, "easyvqa")
+    ]
+    for split, asked in (("train", trained), ("test", evaluated)):
+        real = set(zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True))
+        assert asked and set(asked) <= real
+
+
+def test_easyvqa_annotations_agree_with_the_pixels(data):
+    """The colors come from questions and answers alone: one color, one mean pixel value."""
+    by_color = {}
+    for name, note in list(load(data, "annotations").items())[:1000]:
+        if note.get("color"):
+            image = np.asarray(Image.open(data / "images" / name).convert("RGB")).reshape(-1, 3)
+            values, counts = np.unique(image, axis=0, return_counts=True)
+            by_color.setdefault(note["color"], set()).add(tuple(values[np.argsort(counts)[-2]] // 64))
+    assert set(by_color) == set(tiny_data.COLORS)
+    assert all(len(seen) <= 3 for seen in by_color.values()), by_color
+
+
+def test_evaluation_rows(data):
+    for task, types in (("easyvqa", 3), ("digits", 5)):
+        true, blind = rows(data, task), rows(data, f"{task}_blind")
+        assert list(true[0]) == ["question_id", "image", "question", "answer", "question_type"]
+        assert 300 <= len(true) <= 400 and len({row["question_type"] for row in true}) == types
+        assert len({row["question_id"] for row in true}) == len(true)
+        drop = [{k: v for k, v in row.items() if k != "image"} for row in true]
+        assert drop == [{k: v for k, v in row.items() if k != "image"} for row in blind]
+        assert len({row["image"]["bytes"] for row in blind}) == 1
+    assert all(len(row["answer"].split()) >= 20 for row in rows(data, "describe")) and len(rows(data, "describe")) == 64
+
+
+def test_shape_of_the_training_rows(data):
+    pretrain, finetune = load(data, "pretrain"), load(data, "finetune")
+    assert len(set(images(pretrain))) == len(pretrain) and set(images(finetune)) <= set(images(pretrain))
+    assert all(len(row["conversations"]) == 2 for row in pretrain)
+    assert {"image" in row for row in finetune} == {True, False}
+    assert {len(row["conversations"]) for row in finetune} >= {2, 4, 6, 8}
+    assert any(len(a.split()) >= 20 for row in finetune for _, a in pairs(row))
+    for row in pretrain + finetune:
+        turns = row["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert ["<image>" in turn["value"] for turn in turns] == ["image" in row] + [False] * (len(turns) - 1)
+        assert "image" not in row or (data / "images" / row["image"]).exists()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data, tmp_path_factory):
+    pytest.importorskip("transformers", reason="needs the training environment")
+    import tiny_models
+
+    out = tmp_path_factory.mktemp("tokenizer")
+    tokenizer = tiny_models.make_tokenizer(tiny_models.sentences(data, random.Random(0)), out)
+    tokenizer.model_max_length = 512
+    return tokenizer
+
+
+def test_stock_dataset_trains_on_exactly_the_answers(data, tokenizer, capsys):
+    """Stock LazySupervisedDataset reads both files, and its v1 masks leave every answer and its </s> (no
+    "tokenization mismatch", which would silently drop the row)."""
+    train = pytest.importorskip("llava.train.train", reason="needs stock LLaVA on the path")
+    from transformers import CLIPImageProcessor
+
+    args = train.DataArguments(image_folder=str(data / "images"), is_multimodal=True)
+    args.mm_use_im_start_end = False
+    args.image_processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    before = train.conversation_lib.default_conversation
+    try:
+        for name, version in (("pretrain", "plain"), ("finetune", "vicuna_v1")):
+            train.conversation_lib.default_conversation = train.conversation_lib.conv_templates[version]
+            dataset = train.LazySupervisedDataset(str(data / f"{name}.json"), tokenizer, args)
+            for i in range(300):
+                sample, row = dataset[i], dataset.list_data_dict[i]
+                kept = tokenizer.decode(sample["labels"][sample["labels"] >= 0])
+                end = "\n" if version == "plain" else "</s>"
+                assert kept.replace(" ", "") == "".join(a + end for _, a in pairs(row)).replace(" ", "")
+                assert sample["image"].shape == (3, 64, 64)
+    finally:
+        train.conversation_lib.default_conversation = before
+    assert "mismatch" not in capsys.readouterr().out
