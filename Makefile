@@ -19,7 +19,7 @@ test-pins: setup          ## the same training on LLaVA's exact pins (installs 5
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/shellcheck scripts/*.sh .ci/run
+	.venv/bin/shellcheck scripts/*.sh ci/*.sh .ci/run
 
 lock:                     ## docker/locks/*.in -> *.txt
 	.uv/bin/uv pip compile docker/locks/cpu.in --python-version 3.11 --generate-hashes --no-header -o docker/locks/cpu.txt

@@ -43,19 +43,9 @@ HF_DATASETS_CACHE=$(mktemp -d)
 export HF_DATASETS_CACHE
 trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
 
-device=
-for task in "$@"; do
-    if whole "$out/$task" "$task"; then
-        echo "eval: $checkpoint $task is whole, skipped"
-        continue
-    fi
-    if [[ ! $device ]]; then # only now, as importing torch takes seconds
-        device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-        # One thread is the fastest where a batch is one row of a tiny model.
-        [[ $device == cuda ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} DS_ACCELERATOR=cpu
-    fi
+evaluate() { # TASK
+    local task=$1 start=$SECONDS partial=$out/.$1.partial
     echo "eval: $checkpoint $task on $device"
-    start=$SECONDS partial=$out/.$task.partial
     rm -rf "$partial" "${out:?}/$task"
     mkdir -p "$partial"
     # Without device_map=auto the llava model insists on CUDA; with a batch over 1 it pads, which changes answers.
@@ -68,4 +58,28 @@ for task in "$@"; do
     fi
     mv "$partial" "$out/$task"
     echo "eval: $checkpoint $task took $((SECONDS - start)) s"
+}
+
+todo=()
+for task in "$@"; do
+    if whole "$out/$task" "$task"; then
+        echo "eval: $checkpoint $task is whole, skipped"
+    else
+        todo+=("$task")
+    fi
 done
+((${#todo[@]})) || exit 0
+device=$(python -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
+at_once=1
+if [[ $device == cpu ]]; then
+    # A row at a time through a tiny model: one thread is the fastest, and there is a core for each task.
+    at_once=$(nproc)
+    export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
+fi
+failed=0
+for task in "${todo[@]}"; do
+    (($(jobs -rp | wc -l) < at_once)) || wait -n || failed=1
+    evaluate "$task" &
+done
+while (($(jobs -p | wc -l))); do wait -n || failed=1; done
+exit $failed

@@ -13,10 +13,10 @@ PATH=$PWD/.venv/bin:$PATH
 experiment=${1:?usage: scripts/train.sh EXPERIMENT pretrain|finetune [SEED]}
 stage=${2:?usage: scripts/train.sh EXPERIMENT pretrain|finetune [SEED]}
 seed=${3:-0}
-flags=$(python scripts/config.py "$experiment" "$stage")
-ranks=$(python scripts/config.py "$experiment" get ranks)
-module=$(python scripts/config.py "$experiment" get train_module)
-run=$(python scripts/config.py "$experiment" get run)/seed$seed
+flags=$(python3 scripts/config.py "$experiment" "$stage")
+ranks=$(python3 scripts/config.py "$experiment" get ranks)
+module=$(python3 scripts/config.py "$experiment" get train_module)
+run=$(python3 scripts/config.py "$experiment" get run)/seed$seed
 mapfile -t flags <<<"$flags"
 
 projector=$run/$experiment-pretrain/mm_projector.bin
@@ -38,17 +38,19 @@ if [[ ${DRY_RUN:-} ]]; then
     echo
     exit 0
 fi
-if [[ -f $out/done ]]; then
-    [[ $(<"$out/done") == "${command[*]}" ]] && echo "$stage: $out is done" && exit 0
-    echo "$stage: $out was trained with other settings: remove it, or undo the change" >&2
-    diff <(xargs -n1 <"$out/done") <(printf '%s\n' "${command[@]}") >&2
+if [[ -f $out/command && $(<"$out/command") != "${command[*]}" ]]; then
+    echo "$stage: $out was begun with other settings: remove it, or undo the change" >&2
+    diff <(tr ' ' '\n' <"$out/command") <(printf '%s\n' "${command[@]}") >&2
     exit 2
 fi
-[[ $stage == finetune && ! -f ${projector%/*}/done ]] && echo "finetune: ${projector%/*} is not done: run the pretrain stage first" >&2 && exit 2
+[[ -f $out/done ]] && echo "$stage: $out is done" && exit 0
+[[ $stage == finetune && ! -f ${projector%/*}/done ]] &&
+    echo "finetune: ${projector%/*} is not done: run the pretrain stage first" >&2 && exit 2
 [[ $stage == pretrain ]] && rm -rf "$out"
 mkdir -p "$out"
+echo "${command[*]}" >"$out/command"
 
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu ACCELERATE_TORCH_DEVICE=cpu LOCAL_SIZE=$ranks
     OMP_NUM_THREADS=$((($(nproc) + ranks - 1) / ranks))
     export OMP_NUM_THREADS
@@ -67,4 +69,19 @@ if ! wait $pid; then
     echo "$stage: failed; the whole log is $out/train.log; run the same command again to continue" >&2
     exit 1
 fi
-echo "${command[*]}" >"$out/done"
+# deepspeed 0.14.5 drops tensors from a ZeRO-3 checkpoint of a single rank, and loading would make new ones up.
+if [[ $stage == finetune ]]; then
+    python3 - "$out" "$projector" <<'EOF'
+import sys
+from pathlib import Path
+import torch
+from safetensors import safe_open
+saved = set()
+for path in Path(sys.argv[1]).glob("*.safetensors"):
+    saved |= set(safe_open(path, "pt").keys())
+lost = set(torch.load(sys.argv[2], weights_only=True)) - saved
+if lost:
+    sys.exit(f"finetune: {sys.argv[1]} lacks {', '.join(sorted(lost))}: train with another number of ranks")
+EOF
+fi
+touch "$out/done"

@@ -176,6 +176,21 @@ def test_the_log_adds_up_and_the_checkpoint_says_how(runs, variant):
     assert json.loads((folder / "llava/config.json").read_text())["vista"]["metric"] == variant
 
 
+def test_unpatched_stock_loads_and_runs_the_checkpoint(runs, stock_tree):
+    folder, _ = runs("l2")
+    code = f"""
+import sys, torch
+from llava.model.builder import load_pretrained_model
+tokenizer, model, _, _ = load_pretrained_model({str(folder / "llava")!r}, None, "llava", device="cpu", device_map="cpu")
+out = model.float()(torch.tensor([[1, -200, 5]]), images=torch.zeros(1, 3, 8, 8), labels=torch.tensor([[1, -100, 5]]))
+print("vista_patch" in sys.modules, model.config.vista["metric"], out.loss.item())
+"""
+    environment = os.environ | {"PYTHONPATH": str(stock_tree)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=folder)
+    assert done.stdout.split()[-3:-1] == ["False", "l2"], done.stderr[-2000:]
+    assert np.isfinite(float(done.stdout.split()[-1]))
+
+
 @pytest.mark.parametrize("variant", ("l2", "cosine"))
 def test_training_on_the_term_lowers_it(workshop, runs, tmp_path, variant):
     """Paired on the same batches against a weight that only makes the term be logged."""

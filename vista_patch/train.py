@@ -1,5 +1,6 @@
 """VISTA in a LLaVA-style train.py: its flags, and its figures in the trainer's log."""
 
+import math
 from dataclasses import field, make_dataclass
 from typing import Literal
 
@@ -31,6 +32,9 @@ def vista_arguments(arguments: type) -> type:
 def vista_setup(trainer, arguments) -> None:
     """Writes the parsed flags to `trainer.model.config.vista` and adds `vista_metrics` to what `trainer` logs.
 
+    A loss that is not finite stops the run at the log, with VISTA off too (give --logging_nan_inf_filter False:
+    transformers otherwise shows it as 0).
+
     Call it between making a transformers.Trainer and `train()`. Raises ValueError on a setting out of range, TypeError
     where VISTA is on and no module of the model has a forward that adds it.
     """
@@ -51,7 +55,10 @@ def vista_setup(trainer, arguments) -> None:
 
     def log(logs, *args, **kwargs):
         if "loss" in logs:
-            logs = {**logs, **vista_metrics(trainer.model, where=f"step {trainer.state.global_step}")}
+            step = f"step {trainer.state.global_step}"
+            logs = {**logs, **vista_metrics(trainer.model, where=step)}
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(f"loss is {logs['loss']} at {step}: nothing was skipped or reset")
         return stock_log(logs, *args, **kwargs)
 
     trainer.log = log
