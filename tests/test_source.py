@@ -550,6 +550,15 @@ def test_a_tree_without_its_parser_gets_the_models_lines_and_is_told_what_to_set
     assert [main([command, str(stock)]) for command in ("check", "revert")] == [0, 0] and files(stock) == before
 
 
+def test_scripts_of_other_models_are_left_alone(stock):
+    other = stock / "transformers/examples/run_clm.py"
+    other.parent.mkdir(parents=True)
+    other.write_text((stock / TRAIN).read_text().replace("llava", "elsewhere"))
+    before = other.read_bytes()
+    assert main(["apply", str(stock)]) == 0
+    assert other.read_bytes() == before and b"vista_patch" in (stock / TRAIN).read_bytes()
+
+
 def test_refuses_what_is_no_tree(tmp_path, capsys):
     for path in (tmp_path, REPO / "pyproject.toml"):
         assert main(["apply", str(path)]) == 2 and str(path) in capsys.readouterr().err

@@ -16,7 +16,7 @@ from .loss import VistaLoss, vista_loss
 SPLICES = ("prepare_inputs_labels_for_multimodal", "_merge_input_ids_with_image_features")
 _SUMS = "_vista_sums"
 _STEP = "_vista_step"  # while a forward is observed: one of a base class that it calls is not observed again
-# Holds the metric of --vista from when a script parsed it until its vista_setup: one that does only the former must not train.
+# The metric of --vista, from when a script has parsed it until its vista_setup. Without that it must not train.
 PARSED = []
 
 
@@ -47,8 +47,8 @@ def add_vista(forward, splice: str | None = None, targets: tuple[str, ...] = ())
         config, labels = _config(self), given.get("labels")
         if PARSED and self.training and labels is not None:
             raise RuntimeError(
-                f"VISTA: this script parsed --vista {PARSED[0]} but sets nothing up: call vista_patch.vista_setup(trainer, "
-                "model_args) before training (`python -m vista_patch check` may tell why `apply` did not add that)"
+                f"VISTA: this script parsed --vista {PARSED[0]} but sets nothing up: call vista_patch.vista_setup("
+                "trainer, model_args) before training; `python -m vista_patch check` may tell why `apply` did not"
             )
         if not (config.active and self.training) or labels is None or _STEP in vars(self):
             return forward(self, *args, **kwargs)

@@ -194,9 +194,11 @@ def plan(root: Path) -> Plan:
         for path in sorted(Path(folder, entry) for entry in entries if entry.endswith(".py")):
             sources[path.relative_to(root).as_posix()] = path.resolve(), path.read_bytes()
 
-    def load(pattern: str) -> list[File]:
-        """All files of interest so far, with those that `pattern` occurs in."""
-        for name in [n for n, (_, data) in sources.items() if re.search(pattern.encode(), data)]:
+    def load(*words: str, trains: bool = False) -> list[File]:
+        """All files of interest so far, with those that one of `words` occurs in (of those that train our classes)."""
+        for name in [n for n, (_, data) in sources.items() if any(word.encode() in data for word in words)]:
+            if trains and not imports_model(name, sources[name][1], result):
+                continue
             path, data = sources.pop(name)
             try:
                 result.files[name] = File(path, name, data)
@@ -208,12 +210,12 @@ def plan(root: Path) -> Plan:
         return list(result.files.values())
 
     try:
-        files = load(rf"{SPLICE}|\bHfArgumentParser\b|\bvista_patch\.vista_")
-        plan_classes(result, files, load)
-        plan_scripts(result, files, load)
+        plan_classes(result, load(SPLICE, "vista_patch.vista_"), load)
+        plan_scripts(result, load("HfArgumentParser", trains=True), load)
         for name, (_, data) in sources.items():
-            own = re.search(rb"(deepspeed\.initialize|\.backward|Trainer)\(", data)
-            if own and re.search(rb"\bArgumentParser\(", data):
+            if b"ArgumentParser(" not in data or not imports_model(name, data, result):
+                continue
+            if own := re.search(rb"(deepspeed\.initialize|\.backward|Trainer)\(", data):
                 line = data.count(b"\n", 0, own.start()) + 1
                 result.skipped.append(f"{name}:{line}: trains with flags of its own, so without --vista; {BY_HAND}")
         for f in result.touched:
@@ -233,7 +235,7 @@ def plan_classes(result: Plan, files: list[File], load) -> None:
                 continue
             if method not in owners or method.name != "forward":
                 name = f"{owners[method].name}.{method.name}" if method in owners else "a function"
-                elsewhere.append(f"{f.at(call)}: {name} calls {ast.unparse(call.func)}, which is no forward of a model")
+                elsewhere.append(f"{f.at(call)}: {name}, no model's forward, calls {ast.unparse(call.func)}")
                 continue
             try:
                 result.classes.append(read_class(f, owners[method], method, call, files, load))
@@ -245,7 +247,7 @@ def plan_classes(result: Plan, files: list[File], load) -> None:
     if refused:
         raise Refused("; ".join(refused))
     if not result.classes:
-        for f in load(r"\binputs_embeds\b.*\blabels\b.*="):
+        for f in load("inputs_embeds, labels", "inputs_embeds, attention_mask, labels"):
             forwards = {method: cls.name for cls, method in f.methods if method.name == "forward"}
             for method, assign in f.assigns:
                 if method in forwards and {"inputs_embeds", "labels"} <= set(names(assign.targets[0])):
@@ -356,7 +358,7 @@ def find_decoder(f: File, cls: ast.ClassDef, way: list, images: set[str], files:
             raise Refused(
                 f"{g.at(call)}: {what} hands {', '.join(along)} to {func}: images enter inside the decoder too"
             )
-        others = load(rf"def {name}\b") if func.count(".") > 1 and name != "forward" else []
+        others = load(f"def {name}(") if func.count(".") > 1 and name != "forward" else []
         if any(name == m.name for h in others for _, m in h.methods):
             raise Refused(f"{g.at(call)}: {what} calls {func}, no module's own forward: it may drop tokens")
         decoders.append(func)
@@ -402,7 +404,7 @@ def plan_script(f: File, load) -> dict:
 
     # The first that is no TrainingArguments is the model's. Leftover strings may take a last name.
     pairs = zip(results, kinds, strict=False)
-    found = [(name, *find_class(kind, f, load(rf"(?m)^\s*class {kind}\b"))) for name, kind in pairs]
+    found = [(name, *find_class(kind, f, [f] if kind in f.classes else load(f"class {kind}"))) for name, kind in pairs]
     found = [m for m in found if "TrainingArguments" not in [last_name(base) for base in m[2].bases]]
     if not found:
         raise Refused(f"{f.at(parser)}: the parser is given nothing but TrainingArguments")
@@ -442,6 +444,16 @@ def plan_import(f: File) -> None:
             raise Refused(f"{f.name}:{number}: a use of vista_patch that `apply` did not write; remove it")
     parse(f.patched)
     assert without_our_lines(f.patched)[0] == f.lines
+
+
+def imports_model(name: str, data: bytes, result: Plan) -> bool:
+    """Whether a script imports from a folder on the way to a class that is patched."""
+    folders = {folder for f in result.touched for folder in Path(f.name).parents}
+    called = {folder.name for folder in folders} | {result.root.resolve().name}
+    for dots, first in re.findall(rb"(?m)^[ \t]*(?:from|import)[ \t]+(\.*)(\w*)", data):
+        if Path(name).parents[: len(dots)][-1] in folders if dots else first.decode() in called:
+            return True
+    return False
 
 
 def find_method(
