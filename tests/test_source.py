@@ -386,6 +386,10 @@ RIGHT = {
         (root / TRAIN).read_text().replace("LLaVATrainer(", "LLaVADPOTrainer(")
     ),
     "the decoder behind a method": swap(LLAMA, (FORWARD, "return self.on(images, inputs_embeds, labels)\n\n" + ON)),
+    "a base class with a namesake in the tree": lambda root: (root / "llava/model/modeling_llama.py").write_text(
+        f"class LlamaForCausalLM:  # {SPLICE}\n    def forward(self, inputs_embeds, **_):\n"
+        "        self.model.drop_forward(inputs_embeds=inputs_embeds)\n\n    def drop_forward(self): ...\n"
+    ),
     "more unpacked than is known": both(
         swap(LLAMA, (UNPACK, UNPACK.replace("labels", "labels, image_starts"))),
         swap(ARCH, *[(r, r + ", 1") for r in RETURNS]),

@@ -245,7 +245,7 @@ def plan_classes(result: Plan, files: list[File], load) -> None:
             except Refused as reason:
                 refused.append(str(reason))
     if refused:
-        raise Refused("; ".join(refused))
+        raise Refused("; ".join(dict.fromkeys(refused)))
     if not result.classes:
         for f in load("inputs_embeds, labels", "inputs_embeds, attention_mask, labels"):
             forwards = {method: cls.name for cls, method in f.methods if method.name == "forward"}
@@ -467,9 +467,11 @@ def find_method(
             if owner is cls and method.name == name and (seen or not above):
                 return f, method
         seen.append(cls)
-        for base in cls.bases:
-            if any(last_name(base) in g.classes for g in files):
-                found = find_class(last_name(base), f, files)
+        imports = [s for s in f.tree.body if isinstance(s, ast.ImportFrom) and s.module]
+        theirs = {a.name for s in imports if s.module.split(".")[0] == "transformers" for a in s.names}
+        for base in (last_name(b) for b in cls.bases):
+            if base not in theirs and any(base in g.classes for g in files):
+                found = find_class(base, f, files)
                 todo += [found] if found[1] not in seen else []
     return None
 
