@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case ${1:-cpu} in
-    cpu) venv=.venv lock=docker/locks/cpu.txt python=3.11 imports="lmms_eval, easy_vqa, sklearn, libcst" ;;
+    cpu) venv=.venv lock=docker/locks/cpu.txt python=3.11 imports="lmms_eval, easy_vqa, sklearn" ;;
     llava) venv=.venv-llava lock=docker/locks/llava.txt python=3.10 imports="torchvision" ;;
     *) echo "env: no environment '$1': choose cpu or llava" >&2 && exit 2 ;;
 esac

@@ -1,4 +1,4 @@
-"""Runs stock LLaVA's train.py in this process, after the three things that no flag of it can do.
+"""Runs stock LLaVA's train.py in this process, with the three things that no flag of it can do.
 
 1. Its projector is initialised before the trainer seeds anything: `--seed` is set here, so that two runs are equal.
 2. Without CUDA, accelerate would still ask for NCCL under DeepSpeed: gloo is set up first, and found by it.
@@ -27,3 +27,7 @@ if not torch.cuda.is_available():
     torch.cuda.synchronize = lambda device=None: None
 sys.argv[1:] = stock_argv
 runpy.run_module(module.train_module, run_name="__main__", alter_sys=True)
+if torch.distributed.is_initialized():
+    # Ranks that leave one by one can tear gloo's threads down under each other: "terminate called", exit code -6.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

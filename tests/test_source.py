@@ -217,6 +217,18 @@ PARSER = """    parser = transformers.HfArgumentParser(
         (ModelArguments, DataArguments, TrainingArguments))
     model_args, data_args, training_args = parser.parse_args_into_dataclasses()
 """
+FORWARD = """return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,"""
+ON = """    def on(self, pixels, embeds, targets):
+        return super().forward(
+            inputs_embeds=embeds, labels=targets,
+        )
+
+    def after(self, past_key_values, inputs_embeds, labels, use_cache, output_attentions,
+              output_hidden_states, return_dict):
+        return dict("""
 RETURNS = (
     "return input_ids, position_ids, attention_mask, past_key_values, None, labels",
     "return None, position_ids, attention_mask, past_key_values, new_input_embeds, new_labels",
@@ -365,19 +377,55 @@ RIGHT = {
     ),
     "trainer line with a semicolon": swap(TRAIN, ("**data_module)\n", "**data_module); # end\n")),
     "a stale vendored copy": lambda root: shutil.copytree(root / "llava", root / "build/lib/llava"),
+    "an old copy of the splice": lambda root: shutil.copyfile(root / ARCH, root / "llava/model/llava_arch_old.py"),
+    "scripts that this Python cannot read": lambda root: [
+        (root / "old.py").write_text(f"print 'HfArgumentParser {SPLICE}'\n"),
+        (root / "null.py").write_bytes(b"HfArgumentParser\0"),
+    ],
+    "a script with a loss of its own": lambda root: (root / "llava/train/train_dpo.py").write_text(
+        (root / TRAIN).read_text().replace("LLaVATrainer(", "LLaVADPOTrainer(")
+    ),
+    "the decoder behind a method": swap(LLAMA, (FORWARD, "return self.on(images, inputs_embeds, labels)\n\n" + ON)),
+    "a base class with a namesake in the tree": lambda root: (root / "llava/model/modeling_llama.py").write_text(
+        f"class LlamaForCausalLM:  # {SPLICE}\n    def forward(self, inputs_embeds, **_):\n"
+        "        self.model.drop_forward(inputs_embeds=inputs_embeds)\n\n    def drop_forward(self): ...\n"
+    ),
+    "more unpacked than is known": both(
+        swap(LLAMA, (UNPACK, UNPACK.replace("labels", "labels, image_starts"))),
+        swap(ARCH, *[(r, r + ", 1") for r in RETURNS]),
+    ),
+    "a cast after the splice": swap(
+        LLAMA, (FORWARD, "inputs_embeds = inputs_embeds.to(self.dtype)\n        " + FORWARD)
+    ),
     "a second package": lambda root: shutil.copytree(root / "llava", root / "src/nested/llava_two"),
 }
 
 REFUSED = {
     "eight returned, six unpacked": swap(ARCH, *[(r, r + ", 1, 2") for r in RETURNS]),
     "one of two returns differs": swap(ARCH, (RETURNS[1], RETURNS[1] + ", 1")),
-    "slot 1 is no position_ids": swap(
+    "images enter the decoder by a slot of the splice": swap(
+        LLAMA,
+        (UNPACK, UNPACK.replace("position_ids", "multiway_indices")),
+        (FORWARD, FORWARD.replace("position_ids=position_ids", "multiway_indices=multiway_indices")),
+    ),
+    "images enter the decoder": swap(LLAMA, (FORWARD, FORWARD + "\n            images=images,")),
+    "images enter the decoder behind a method": swap(
         LLAMA,
         (
-            UNPACK,
-            UNPACK.replace("position_ids", "multiway_indices"),
+            FORWARD,
+            "return self.on(images, inputs_embeds, labels)\n\n"
+            + ON.replace("inputs_embeds=", "m=pixels, inputs_embeds="),
         ),
     ),
+    "tokens dropped in the decoder": swap(
+        LLAMA,
+        (FORWARD, "return self.model.drop_forward(\n            inputs_embeds=inputs_embeds,"),
+        ("    def get_model(", "    def drop_forward(self): ...\n\n    def get_model("),
+    ),
+    "rows packed after the splice": swap(
+        LLAMA, (FORWARD, "inputs_embeds, labels = self.repack(inputs_embeds, labels)\n        " + FORWARD)
+    ),
+    "rows packed under another name": swap(LLAMA, ("inputs_embeds=inputs_embeds,", "inputs_embeds=packed,")),
     "slots swapped in the splice": swap(
         ARCH, (RETURNS[1], RETURNS[1].replace("new_input_embeds, new_labels", "new_labels, new_input_embeds"))
     ),
@@ -394,11 +442,14 @@ REFUSED = {
     "no labels": swap(LLAMA, ("        labels: Optional[torch.LongTensor] = None,\n", "")),
     "only stale classes": swap(LLAMA, (CALL, "(input_ids, attention_mask, past_key_values, labels, images)")),
     "splice defined out of sight": swap(LLAMA, ("LlavaMetaForCausalLM):", "Hidden):")),
-    "splice defined twice, as near": lambda root: shutil.copyfile(root / ARCH, root / "llava/model/llava_arch_old.py"),
+    "splice defined twice, as near": both(
+        lambda root: shutil.copyfile(root / ARCH, root / "llava/model/llava_arch_old.py"),
+        swap(LLAMA, ("from ..llava_arch import LlavaMetaModel, LlavaMetaForCausalLM", "from .. import *")),
+    ),
     "no class calls a splice": swap(LLAMA, (SPLICE, "splice")),
     "model file broken": swap(LLAMA, ("    def forward(", "    def forward((")),
     "hand-made use of vista_patch": swap(TRAIN, ("import torch\n", "import torch\nimport vista_patch\n")),
-    "argparse": swap(TRAIN, ("transformers.HfArgumentParser(", "argparse.ArgumentParser(")),
+    "only a trainer with a loss of its own": swap(TRAIN, ("LLaVATrainer(", "LLaVADPOTrainer(")),
     "dataclasses in a variable": swap(TRAIN, ("(ModelArguments, DataArguments, TrainingArguments)", "KINDS")),
     "parsed elsewhere": swap(
         TRAIN,
@@ -425,11 +476,13 @@ def names_of(decorators):
 
 
 def assert_right(root: Path) -> None:
-    """Every hook stands where it must, as Python's own parser sees it: no code is shared with the patcher."""
+    """Every hook stands where it must: read from the patched source alone, with none of the patcher's code."""
     seen = {"forward": 0, "arguments": 0, "setup": 0}
     for path in root.rglob("*.py"):
         if "build" in path.parts:
             assert b"vista_patch" not in path.read_bytes()
+            continue
+        if b"vista_patch" not in path.read_bytes():
             continue
         module = ast.parse(path.read_bytes())
         text, imported = path.read_bytes(), False
@@ -489,6 +542,25 @@ def test_refused_on(stock, mutate, capsys):
     assert "refused, tree untouched: " in told.err and "Traceback" not in told.err
     assert re.search(r"(\.py(:\d+)?|" + re.escape(str(stock)) + "): ", told.err), "the reason says where"
     assert told.out.startswith("other: ") or "\nother: " in told.out
+
+
+def test_a_tree_without_its_parser_gets_the_models_lines_and_is_told_what_to_set(stock, capsys):
+    swap(TRAIN, ("transformers.HfArgumentParser(", "argparse.ArgumentParser("))(stock)
+    before = files(stock)
+    assert main(["apply", str(stock)]) == 0
+    told = capsys.readouterr().out
+    assert "model.config.vista" in told and re.search(rf"{TRAIN}:\d+: trains with flags of its own", told)
+    assert [name for name, data in files(stock).items() if data != before[name]] == [LLAMA]
+    assert [main([command, str(stock)]) for command in ("check", "revert")] == [0, 0] and files(stock) == before
+
+
+def test_scripts_of_other_models_are_left_alone(stock):
+    other = stock / "transformers/examples/run_clm.py"
+    other.parent.mkdir(parents=True)
+    other.write_text((stock / TRAIN).read_text().replace("llava", "elsewhere"))
+    before = other.read_bytes()
+    assert main(["apply", str(stock)]) == 0
+    assert other.read_bytes() == before and b"vista_patch" in (stock / TRAIN).read_bytes()
 
 
 def test_refuses_what_is_no_tree(tmp_path, capsys):

@@ -5,6 +5,7 @@ import importlib
 _HOME = {
     "VistaConfig": "config",
     "VistaLoss": "loss",
+    "patch": "live",
     "vista_arguments": "train",
     "vista_forward": "model",
     "vista_loss": "loss",

@@ -107,6 +107,7 @@ def check(found: Plan, as_json: bool) -> int:
     for c in found.classes:
         print(f"class {c['class']}, forward at {c['forward']}\n  unpacks {', '.join(c['unpacks'])}")
         print(f"  from {c['splice']} at {c['splice_at']}, generation {c['generation']}")
+        print(f"  decoder {', '.join(c['decoder'])}")
     for s in found.scripts:
         print(f"train script {s['parser']}\n  {s['arguments']} from {s['arguments_at']}")
         print(f"  trainer at {', '.join(s['trainers'])}")

@@ -4,7 +4,7 @@ import ast
 import functools
 import inspect
 import linecache
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -12,43 +12,66 @@ import torch.distributed as dist
 from .config import VistaConfig
 from .loss import VistaLoss, vista_loss
 
-SPLICE = "prepare_inputs_labels_for_multimodal"
+# LLaVA's and its forks', which may append to the name; transformers' before 4.46.
+SPLICES = ("prepare_inputs_labels_for_multimodal", "_merge_input_ids_with_image_features")
 _SUMS = "_vista_sums"
+_STEP = "_vista_step"  # while a forward is observed: one of a base class that it calls is not observed again
+# The metric of --vista, from when a script has parsed it until its vista_setup. Without that it must not train.
+PARSED = []
 
 
 def vista_forward(forward):
     """Decorates the `forward` of a class that splices images into text with `prepare_inputs_labels_for_multimodal`.
 
     Adds `weight * vista_loss(...)` to the loss that `forward` returns, as `self.config.vista` says (VistaConfig).
-    Where that is off or absent, the weight is 0, or the call is not a training step on labels and images,
-    the stock forward runs untouched. The splice and the decoder run once, as in stock.
+    Where that is off or absent, the weight is 0, or the call is no training step on labels and images, or returns
+    no loss (LLaVA-NeXT's DPO), what comes out is stock's. The splice and the decoder run as often as in stock.
 
     Which positions are text: the splice moves `labels` along with the tokens, so it is given each token's index in
     place of its label, and the labels are put back from what comes out. Truncation, padding on either side, several
     images and text-only rows are right because the splice itself has done them.
 
-    Raises ValueError for settings it does not know, RuntimeError where `forward` did not go through the splice.
+    Raises ValueError for settings it does not know, RuntimeError where the term could not be right: `forward` did
+    not go through the splice, or the decoder ran on other rows, shortened them, or ran twice for the gradient.
     """
+    return add_vista(forward, *_splice_call(forward))
+
+
+def add_vista(forward, splice: str | None = None, targets: tuple[str, ...] = ()):
+    """`vista_forward` for a splice of this name that unpacks into `targets`, or for none: see `_placeholders`."""
     signature = inspect.signature(forward)
-    splice, targets = _splice_call(forward)
 
     @functools.wraps(forward)
     def with_vista(self, *args, **kwargs):
         given = signature.bind(self, *args, **kwargs).arguments
-        config = _config(self)
-        if not (config.active and self.training) or given.get("labels") is None or given.get("images") is None:
-            return forward(self, *args, **kwargs)
-        step = {}
-        with _observe_splice(self, splice, targets, step), _observe_decoder(self.get_model(), config, step):
-            output = forward(self, *args, **kwargs)
-        if "vista" not in step:
+        config, labels = _config(self), given.get("labels")
+        if PARSED and self.training and labels is not None:
             raise RuntimeError(
-                f"VISTA: {type(self).__name__}.forward got images but did not take them through {splice} to its "
-                "decoder: pass input_ids (not inputs_embeds), or set model.config.vista = {'metric': 'off'}"
+                f"VISTA: this script parsed --vista {PARSED[0]} but sets nothing up: call vista_patch.vista_setup("
+                "trainer, model_args) before training; `python -m vista_patch check` may tell why `apply` did not"
             )
-        ce, vista = output[0], step["vista"]
-        _record(self, ce.detach(), vista, len(given["labels"]))
-        total = ce + config.weight * vista.loss.to(ce.dtype)
+        if not (config.active and self.training) or labels is None or _STEP in vars(self):
+            return forward(self, *args, **kwargs)
+        step = _placeholders(self, given)
+        spliced = _observe_splice(self, splice, targets, step) if splice else nullcontext()
+        with spliced, _observe_decoder(self, config, step):
+            output = forward(self, *args, **kwargs)
+        ce = output[0] if isinstance(output, tuple) else output.get("loss")  # ross's first value is another
+        if step.get("images") is False or ce is None or ce.numel() != 1:
+            return output
+        if "vista" not in step:
+            way = splice or "its placeholders"
+            raise RuntimeError(
+                f"VISTA: {type(self).__name__}.forward did not take what it was given through {way} to its decoder: "
+                "pass input_ids (not inputs_embeds), or set model.config.vista = {'metric': 'off'}"
+            )
+        # Newer transformers divide the sum over this micro-step's tokens by those of the whole optimizer step.
+        items, share = kwargs.get("num_items_in_batch"), 1.0
+        if items is not None:
+            share = (labels[:, 1:] != -100).sum() / items
+        vista = step["vista"]
+        _record(self, ce.detach() / share, vista, step["rows"])
+        total = ce + (config.weight * share * vista.loss).to(ce.dtype)
         if isinstance(output, tuple):
             return (total, *output[1:])
         output["loss"] = total
@@ -112,6 +135,26 @@ def _record(model, ce: torch.Tensor, vista: VistaLoss, samples: int) -> None:
     sums += torch.stack([value.to(sums.dtype) for value in row])
 
 
+def _placeholders(model, given) -> dict:
+    """transformers' LLaVA since 4.46 has one placeholder per image token in its input_ids: nothing moves."""
+    ids, mask = given.get("input_ids"), given.get("attention_mask")
+    placeholder = getattr(model.config, "image_token_index", getattr(model.config, "image_token_id", None))
+    if ids is None or placeholder is None:
+        return {}
+    image, real = ids == placeholder, torch.ones_like(ids) if mask is None else mask
+    return {"text": ~image & real.bool(), "image": image}
+
+
+def _decoder(model) -> torch.nn.Module:
+    """The module that takes inputs_embeds to the last hidden states, without the head."""
+    for name in ("get_model", "get_decoder", "model", "language_model", "transformer"):
+        found = getattr(model, name, None)
+        found = found() if name.startswith("get_") and found else found
+        if isinstance(found, torch.nn.Module) and found is not model:
+            return getattr(found, "base_model", found)  # transformers' name for what a head stands on
+    raise TypeError(f"VISTA: {type(model).__name__} has its decoder under no name that VISTA knows, like get_model()")
+
+
 @contextmanager
 def _observe_splice(model, name, targets, step):
     """For one forward: calls the splice with token indices for labels and notes which output positions are text."""
@@ -124,15 +167,21 @@ def _observe_splice(model, name, targets, step):
         call.arguments["labels"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
         # A mask always goes in, since only a mask tells padding from image tokens in what comes out.
         call.arguments["attention_mask"] = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        real = call.arguments["attention_mask"].bool().clone()  # some splices overwrite what they are given
         out = list(splice(*call.args, **call.kwargs))
         if len(out) != len(targets):
             raise RuntimeError(f"VISTA: {name} returned {len(out)} values where forward unpacks {len(targets)}")
         at = {target: i for i, target in enumerate(targets)}
         index, out_mask = out[at["labels"]], out[at["attention_mask"]].bool()
-        if out[at["inputs_embeds"]] is not None:
-            text = (index >= 0) & out_mask
-            step["text"], step["image"] = text, out_mask & ~text
-        out[at["labels"]] = torch.where(index >= 0, labels.gather(1, index.clamp(min=0)), index)
+        placed, source = index >= 0, index.clamp(min=0)
+        step.clear()
+        step["images"] = out[at["inputs_embeds"]] is not None
+        if step["images"]:
+            # Generation A lengthens the mask without looking where the images are, so with padding on the left it
+            # has zeros on real tokens. What is padded before its first or after its last one is so everywhere.
+            inside = (out_mask.cumsum(1) > 0) & (out_mask.flip(1).cumsum(1).flip(1) > 0)
+            step["text"], step["image"] = placed & real.gather(1, source), inside & ~placed
+        out[at["labels"]] = torch.where(placed, labels.gather(1, source), index)
         out[at["attention_mask"]] = None if mask is None else out[at["attention_mask"]]
         return tuple(out)
 
@@ -144,30 +193,45 @@ def _observe_splice(model, name, targets, step):
 
 
 @contextmanager
-def _observe_decoder(decoder, config, step):
+def _observe_decoder(model, config, step):
     """For one forward: computes the term as soon as the decoder returns.
 
     Here, and not after the loss: autograd frees the logits first then, and the term's gradient adds nothing to the
-    peak memory.
+    peak memory. Of several runs it is the one with the gradient that counts (CAL's other one has no images).
     """
+    gradient = torch.is_grad_enabled()
 
     def compute(module, args, kwargs, output):
-        if "text" in step:
-            step["vista"] = vista_loss(
-                kwargs["inputs_embeds"],
-                output[0],
-                step.pop("text"),
-                step.pop("image"),
-                metric=config.metric,
-                reduction=config.reduction,
-                ramp=config.ramp,
-                detach_text=config.detach_text,
+        if "text" not in step or torch.is_grad_enabled() != gradient:
+            return
+        x, name = kwargs.get("inputs_embeds"), type(module).__name__
+        h = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+        if "vista" in step:
+            raise RuntimeError(f"VISTA: {name} ran more than once in a step, so which run is meant is not known")
+        if x is None or not x.shape[:2] == h.shape[:2] == step["text"].shape:
+            shapes = [tuple(t.shape[:2]) for t in (step["text"], x, h) if t is not None]
+            raise RuntimeError(
+                f"VISTA: {name} did not get or return the rows that were spliced (shapes {shapes}): tokens are packed "
+                "or dropped on the way, so the term has no place; set model.config.vista = {'metric': 'off'}"
             )
+        step["rows"] = len(x)
+        step["vista"] = vista_loss(
+            x,
+            h,
+            step["text"],
+            step["image"],
+            metric=config.metric,
+            reduction=config.reduction,
+            ramp=config.ramp,
+            detach_text=config.detach_text,
+        )
 
-    hook = decoder.register_forward_hook(compute, with_kwargs=True)
+    hook = _decoder(model).register_forward_hook(compute, with_kwargs=True)
+    vars(model)[_STEP] = step
     try:
         yield
     finally:
+        del vars(model)[_STEP]
         hook.remove()
 
 
@@ -189,10 +253,10 @@ def _splice_call(forward) -> tuple[str, tuple[str, ...]]:
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
             name = getattr(node.value.func, "attr", "")
-            if name.startswith(SPLICE) and isinstance(node.targets[0], ast.Tuple):
+            if name.startswith(SPLICES) and isinstance(node.targets[0], ast.Tuple):
                 targets = tuple(getattr(target, "id", "") for target in node.targets[0].elts)
                 missing = {"attention_mask", "inputs_embeds", "labels"} - set(targets)
                 if missing:
                     raise TypeError(f"VISTA: {where} does not unpack {', '.join(sorted(missing))} from {name}")
                 return name, targets
-    raise TypeError(f"VISTA: {where} does not assign the values of {SPLICE}(...) to names")
+    raise TypeError(f"VISTA: {where} does not assign the values of {SPLICES[0]}(...) to names")

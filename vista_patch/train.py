@@ -5,7 +5,7 @@ from dataclasses import field, make_dataclass
 from typing import Literal
 
 from .config import CHOICES, VistaConfig
-from .model import vista_metrics
+from .model import PARSED, vista_metrics
 
 
 def vista_arguments(arguments: type) -> type:
@@ -24,7 +24,13 @@ def vista_arguments(arguments: type) -> type:
         ("vista_detach_text", bool, default.detach_text, "stop the term's gradient into the text embeddings"),
     ]
     added = [(name, kind, field(default=value, metadata={"help": text})) for name, kind, value, text in flags]
-    extended = make_dataclass(arguments.__name__, added, bases=(arguments,))
+
+    def parsed(self):
+        getattr(super(extended, self), "__post_init__", lambda: None)()
+        if self.vista != "off":
+            PARSED.append(self.vista)
+
+    extended = make_dataclass(arguments.__name__, added, bases=(arguments,), namespace={"__post_init__": parsed})
     extended.__module__ = arguments.__module__
     return extended
 
@@ -38,6 +44,7 @@ def vista_setup(trainer, arguments) -> None:
     Call it between making a transformers.Trainer and `train()`. Raises ValueError on a setting out of range, TypeError
     where VISTA is on and no module of the model has a forward that adds it.
     """
+    PARSED.clear()
     config = VistaConfig(
         metric=arguments.vista,
         reduction=arguments.vista_reduction,
@@ -45,7 +52,8 @@ def vista_setup(trainer, arguments) -> None:
         weight=arguments.vista_weight,
         detach_text=arguments.vista_detach_text,
     )
-    if config.active and not any(hasattr(type(module).forward, "adds_vista") for module in trainer.model.modules()):
+    classes = {cls for module in trainer.model.modules() for cls in type(module).__mro__}
+    if config.active and not any(hasattr(vars(cls).get("forward"), "adds_vista") for cls in classes):
         raise TypeError(
             f"--vista {config.metric}: the forward of {type(trainer.model).__name__} does not add it; run "
             "`python -m vista_patch check` on this LLaVA, or train with --vista off"
