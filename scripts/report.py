@@ -113,9 +113,23 @@ def load_log(folder):
     return {"ce": ce, "vista": vista}
 
 
+def load_usual_answers(path):
+    """{question: its most frequent answer} in the training conversations: what is known without the image."""
+    try:
+        rows = json.loads(path.read_text())
+        answers = defaultdict(Counter)
+        for row in rows:
+            values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+            for question, answer in zip(values[::2], values[1::2], strict=True):
+                answers[question.partition("\n")[0]][answer] += 1  # behind it stands how to answer
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(path, f"not LLaVA's conversations ({type(error).__name__}: {error})", "Run scripts/data.sh again.")
+    return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+
+
 def load_run(run):
     """seeds, variants (baseline first), tasks; evals[seed, variant, task], logs[seed, variant, stage],
-    probes[seed, variant]."""
+    probes[seed, variant]; usual_answers[question]."""
     seeds = sorted({p.parent.name for p in run.glob("seed*/eval")}, key=lambda name: int(name[4:]))
     if not seeds:
         refuse(run, "has no seed*/eval folder", "Run scripts/eval.sh first.")
@@ -139,7 +153,10 @@ def load_run(run):
             if not path.exists():
                 refuse(path, "is missing", f"Run python scripts/probe.py {run}.")
             probes[seed, name] = dict(np.load(path))
-    return SimpleNamespace(seeds=seeds, variants=variants, tasks=tasks, evals=evals, logs=logs, probes=probes)
+    usual = load_usual_answers(run / "data" / "finetune.json")
+    return SimpleNamespace(
+        seeds=seeds, variants=variants, tasks=tasks, evals=evals, logs=logs, probes=probes, usual_answers=usual
+    )
 
 
 def right(run, name, task):
@@ -198,11 +215,7 @@ def sight(run):
     out = []
     for task in run.tasks:
         answered = run.evals[run.seeds[0], run.variants[0], task].answered.values()
-        answers = defaultdict(Counter)
-        for _, question, answer in answered:
-            answers[question][answer] += 1
-        # Knows this very set's answers: no answerer that sees only the question can be better.
-        frequent = np.array([float(answers[q].most_common(1)[0][0] == a) for _, q, a in answered])
+        frequent = np.array([float(run.usual_answers.get(q) == a) for _, q, a in answered])
         images = right(run, run.variants[0], task), right(run, run.variants[0], f"{task}_blind")
         for seed, true, blank in zip(run.seeds, *images, strict=True):
             row = {"task": task, "seed": seed, "n": len(true), "baseline": float(true.mean())}
@@ -246,7 +259,7 @@ def verdicts(r):
         row = max((row for row in r["blind"] if row["task"] == task), key=lambda row: row["p"])
         seed = f"{row['seed']}, the least sure of {len(r['seeds'])}" if len(r["seeds"]) > 1 else row["seed"]
         best = max(row["blank_image"], row["most_frequent"])
-        source = "a blank image" if best == row["blank_image"] else "the most frequent answer per question"
+        source = "a blank image" if best == row["blank_image"] else "the question's most frequent answer in training"
         verb = "The baseline sees" if row["p"] < SEES else "THE BASELINE DOES NOT SEE"
         out.append(
             f"{verb} ({task}, {seed}): {row['baseline']:.1%} right against {best:.1%} for the best image-"

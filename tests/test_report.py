@@ -62,6 +62,12 @@ def make_run(root, seeds=1, blind_accuracy=0.2):
         arrays["image"] = rng.integers(0, 255, (2, 64, 64, 3)).astype("uint8")
         (base / "probe").mkdir(exist_ok=True)
         np.savez(base / "probe" / f"{name}.npz", **arrays)
+    suffix = "\nAnswer the question using a single word or phrase."
+    asked = [("a 3?", "yes"), ("a 3?", "no"), ("a 3?", "yes"), *(("left?", digit) for digit in "1234"), ("left?", "1")]
+    turns = [{"from": "human", "value": f"<image>\n{q}{suffix}"} for q, _ in asked]
+    rows = [{"conversations": [turn, {"from": "gpt", "value": a}]} for turn, (_, a) in zip(turns, asked, strict=True)]
+    (root / "data").mkdir()
+    (root / "data" / "finetune.json").write_text(json.dumps(rows))
     (root / "manifest.json").write_text(json.dumps({"commits": {"LLaVA": "c121f04"}}))
     return root
 
