@@ -25,6 +25,7 @@ LLAMA, ARCH, TRAIN = (
     "llava/model/llava_arch.py",
     "llava/train/train.py",
 )
+INSTALL = [REPO / ".uv/bin/uv", "pip", "install", "--quiet", "--python", sys.executable]
 
 
 @pytest.fixture(scope="session")
@@ -44,12 +45,11 @@ def clone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def package(tmp_path_factory):
-    """The package index's llava-torch, by its hash, as pip or uv installs it."""
+    """The package index's llava-torch, by its hash, as uv installs it."""
     root, pin = tmp_path_factory.mktemp("package"), UPSTREAM["package"]
     (root / "pin.txt").write_text(f"{pin['requirement']} --hash=sha256:{pin['sha256']}\n")
-    pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
-    install = [*pip, "install", "-q", "--no-deps", "--require-hashes", "--target", root / "site-packages"]
-    done = subprocess.run([*install, "-r", root / "pin.txt"], capture_output=True, text=True)
+    install = [*INSTALL, "--no-deps", "--require-hashes", "--target", root / "site-packages", "-r", root / "pin.txt"]
+    done = subprocess.run(install, capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"{pin['requirement']} cannot be had here: {done.stderr.strip()}")
     return root / "site-packages/llava"
@@ -128,9 +128,7 @@ def test_installed_package(package, tmp_path):
         for name, hashes in UPSTREAM["files"].items():
             assert sha256(package.parent / name) == hashes["patched"], name
         fresh = tmp_path / "fresh"  # a package cache that shares files by hard link must not be patched along
-        pip = ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
-        install = [*pip, "install", "-q", "--no-deps", "--target", fresh, UPSTREAM["package"]["requirement"]]
-        subprocess.run(install, check=True, capture_output=True)
+        subprocess.run([*INSTALL, "--no-deps", "--target", fresh, UPSTREAM["package"]["requirement"]], check=True)
         assert main(["check", str(fresh / "llava")]) == 1
     finally:
         assert main(["revert", str(package)]) == 0
