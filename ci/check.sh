@@ -9,4 +9,3 @@ if ! command -v chromium >/dev/null && [[ $(id -u) == 0 ]]; then
 fi
 make lint
 make test
-make test-pins

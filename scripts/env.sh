@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes an environment of docker/locks/, every package checked against its hash, with this package in it.
+# Makes an environment of docker/locks/, every package checked against its hash.
 #
-#   scripts/env.sh            .venv: training, evaluation, report and tests on a CPU (Python 3.11)
+#   scripts/env.sh            .venv: training, evaluation, report and tests on a CPU (Python 3.11), with this package
 #   scripts/env.sh llava      .venv-llava: stock LLaVA's exact pins (Python 3.10, 5 GB), for the test that compares them
 #
 # Takes no time when nothing changed; continues where it was cut off.
@@ -43,7 +43,7 @@ echo "env: installing $(grep -c == "$lock") packages into $venv"
 rm -f "$venv/lock.sha256"
 [[ -x $venv/bin/python ]] || .uv/bin/uv venv --quiet --python "$python" "$venv"
 .uv/bin/uv pip sync --quiet --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
-.uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+[[ $venv != .venv ]] || .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 echo "env: checking imports"
 "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, vista_patch, $imports" >/dev/null
 echo "$want" >"$venv/lock.sha256"
