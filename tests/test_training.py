@@ -79,6 +79,7 @@ def stock_tree(tmp_path_factory):
 # Stock turns the vision tower to fp16 where bf16 is off; in fp32 the losses can be compared between machines.
 DRIVER = """
 import runpy
+import deepspeed  # before llava, whose bare except hides what an import order breaks
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 CLIPVisionTower.to = lambda self, **_: self
 runpy.run_path("scripts/train.py", run_name="__main__")
@@ -101,6 +102,8 @@ def train(workshop, out, stage, tree=UPSTREAM, launcher=(), python=sys.executabl
         "PYTHONPATH": f"{tree}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
     }  # fmt: skip
+    if python != sys.executable:
+        del environment["DS_ACCELERATOR"]  # that old, deepspeed's "cpu" wants Intel's extension of torch
     if launcher:
         environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
     for _ in range(3 if launcher else 1):  # deepspeed on a CPU: scripts/train.sh says why
