@@ -45,5 +45,6 @@ rm -f "$venv/lock.sha256"
 .uv/bin/uv pip sync --quiet --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
 [[ $venv != .venv ]] || .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 echo "env: checking imports"
-"$venv/bin/python" -c "import torch, deepspeed, peft, transformers, vista_patch, $imports" >/dev/null
+# A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch.
+env -u DS_ACCELERATOR "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, vista_patch, $imports" >/dev/null
 echo "$want" >"$venv/lock.sha256"
