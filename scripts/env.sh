@@ -42,7 +42,7 @@ fi
 echo "env: installing $(grep -c == "$lock") packages into $venv"
 rm -f "$venv/lock.sha256"
 [[ -x $venv/bin/python ]] || .uv/bin/uv venv --quiet --python "$python" "$venv"
-.uv/bin/uv pip sync --quiet --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
+.uv/bin/uv pip sync --quiet --compile-bytecode --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
 [[ $venv != .venv ]] || .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 echo "env: checking imports"
 # A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch.

@@ -57,40 +57,34 @@ if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; th
 fi
 export PYTHONPATH=upstream/LLaVA HF_HUB_OFFLINE=1
 
-train() {
-    "${command[@]}" >>"$out/train.log" 2>&1 &
-    pid=$!
-    trap 'kill $pid 2>/dev/null; wait $pid; exit 130' INT TERM
-    while kill -0 $pid 2>/dev/null; do
-        sleep 5
-        printf '%s: %s %s\n' "$stage" "$out" "$(tail -c 4000 "$out/train.log" | tr '\r' '\n' | grep -oE '[0-9]+/[0-9]+ \[.*\]' | tail -n 1)"
-    done
-    wait $pid
-}
-# On a CPU deepspeed 0.14.5 with two ranks sometimes starts from garbage (a NaN loss) or dies at its end, and does not the
-# next time, with the same seed. What fails for a reason of its own fails each time.
-attempt=1
-until train; do
-    tail -n 40 "$out/train.log" >&2
-    if [[ ${DS_ACCELERATOR:-} != cpu ]] || ((attempt++ == 3)); then
-        echo "$stage: failed; the whole log is $out/train.log; run the same command again to continue" >&2
-        exit 1
-    fi
-    echo "$stage: failed on the CPU; attempt $attempt of 3" >&2
+"${command[@]}" >>"$out/train.log" 2>&1 &
+pid=$!
+trap 'kill $pid 2>/dev/null; wait $pid; exit 130' INT TERM
+while kill -0 $pid 2>/dev/null; do
+    sleep 5
+    printf '%s: %s %s\n' "$stage" "$out" "$(tail -c 4000 "$out/train.log" | tr '\r' '\n' | grep -oE '[0-9]+/[0-9]+ \[.*\]' | tail -n 1)"
 done
-# deepspeed 0.14.5 drops tensors from a ZeRO-3 checkpoint of a single rank, and loading would make new ones up.
+if ! wait $pid; then
+    tail -n 40 "$out/train.log" >&2
+    echo "$stage: failed; the whole log is $out/train.log; run the same command again to continue" >&2
+    exit 1
+fi
+# deepspeed 0.14.5 gives the tensors of a single rank's ZeRO-3 model on a CPU one storage; safetensors drops them then, and
+# loading would make new ones up.
 if [[ $stage == finetune ]]; then
     python3 - "$out" "$projector" <<'EOF'
 import sys
 from pathlib import Path
 import torch
 from safetensors import safe_open
-saved = set()
-for path in Path(sys.argv[1]).glob("*.safetensors"):
+out, saved = Path(sys.argv[1]), set()
+for path in out.glob("*.safetensors"):
     saved |= set(safe_open(path, "pt").keys())
+for path in out.glob("pytorch_model*.bin"):
+    saved |= set(torch.load(path, weights_only=True, mmap=True))
 lost = set(torch.load(sys.argv[2], weights_only=True)) - saved
 if lost:
-    sys.exit(f"finetune: {sys.argv[1]} lacks {', '.join(sorted(lost))}: train with another number of ranks")
+    sys.exit(f"finetune: {out} lacks {', '.join(sorted(lost))}: set save_safetensors = false in the experiment's config")
 EOF
 fi
 touch "$out/done"
