@@ -23,3 +23,4 @@ lint: setup
 
 lock:                     ## docker/locks/*.in -> *.txt
 	.uv/bin/uv pip compile docker/locks/cpu.in --python-version 3.11 --generate-hashes --no-header -o docker/locks/cpu.txt
+	.uv/bin/uv pip compile docker/locks/cpu-tinyllava.in --python-version 3.10 --generate-hashes --no-header -o docker/locks/cpu-tinyllava.txt

@@ -10,21 +10,19 @@ cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 
 experiment=${1:?usage: scripts/data.sh EXPERIMENT}
-if [[ $experiment == llava-tiny* ]]; then
-    run=$(python3 scripts/config.py "$experiment" get run)
-    python3 scripts/tiny_data.py "$run/data"
-    python3 scripts/tiny_models.py "$run/data" "$run/models"
+words=$(python3 scripts/config.py "$experiment" pretrain && python3 scripts/config.py "$experiment" finetune)
+paths() { # FLAG...: what these flags of both stages hold
+    paste - - <<<"$words" | awk -v names=" $* " 'index(names, " " $1 " ") {print $2}' | sort -u
+}
+if [[ $experiment == *-tiny* ]]; then
+    data=$(python3 scripts/config.py "$experiment" get run)/data
+    mapfile -t models < <(paths --model_name_or_path --vision_tower)
+    python3 scripts/tiny_data.py "$data"
+    python3 scripts/tiny_models.py "$data" "${models[@]}"
 fi
 missing=0
-for stage in pretrain finetune; do
-    flags=$(python3 scripts/config.py "$experiment" "$stage")
-    while read -r flag path; do
-        case $flag in
-            --data_path | --image_folder | --model_name_or_path | --vision_tower)
-                [[ -e $path ]] || { echo "data: $stage needs $path (${flag#--}), which is not there" >&2 && missing=1; }
-                ;;
-        esac
-    done < <(paste - - <<<"$flags")
+for path in $(paths --data_path --image_folder --model_name_or_path --vision_tower); do
+    [[ -e $path ]] || { echo "data: $experiment needs $path, which is not there" >&2 && missing=1; }
 done
 if ((missing)); then
     echo "data: put them there; scripts/configs/ says what they are, README.md where they come from" >&2

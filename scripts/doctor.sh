@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tells what this machine lacks for a profile, before anything is installed or trained.
 #
-#   scripts/doctor.sh tiny|v1.5-7b
+#   scripts/doctor.sh tiny|full
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,18 +1,25 @@
 #!/usr/bin/env bash
 # Makes an environment of docker/locks/, every package checked against its hash.
 #
-#   scripts/env.sh            .venv: training, evaluation, report and tests on a CPU (Python 3.11), with this package
-#   scripts/env.sh llava      .venv-llava: stock LLaVA's exact pins (Python 3.10, 5 GB), for the test that compares them
+#   scripts/env.sh [ENVIRONMENT]
+#
+#   cpu               .venv: LLaVA's training and evaluation on a CPU, data, report and tests (Python 3.11)
+#   cpu-tinyllava     .venv-cpu-tinyllava: TinyLLaVA's training and evaluation on a CPU (Python 3.10, 5 GB)
+#   llava, tinyllava  .venv-llava, .venv-tinyllava: the upstreams' exact pins (Python 3.10, 5 GB each), for the tests
+#                     that compare them with the CPU's
 #
 # Takes no time when nothing changed; continues where it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-case ${1:-cpu} in
-    cpu) venv=.venv lock=docker/locks/cpu.txt python=3.11 imports="lmms_eval, easy_vqa, sklearn" ;;
-    llava) venv=.venv-llava lock=docker/locks/llava.txt python=3.10 imports="torchvision" ;;
-    *) echo "env: no environment '$1': choose cpu or llava" >&2 && exit 2 ;;
+name=${1:-cpu}
+case $name in
+    cpu) venv=.venv python=3.11 imports="vista_patch, lmms_eval, easy_vqa, sklearn" ;;
+    cpu-tinyllava) venv=.venv-cpu-tinyllava python=3.10 imports="vista_patch, lmms_eval, einops_exts" ;;
+    llava | tinyllava) venv=.venv-$name python=3.10 imports="torchvision" ;;
+    *) echo "env: no environment '$name': choose cpu, cpu-tinyllava, llava or tinyllava" >&2 && exit 2 ;;
 esac
+lock=docker/locks/$name.txt
 want=$(sha256sum "$lock")
 if [[ -f $venv/lock.sha256 && $(<"$venv/lock.sha256") == "$want" ]]; then
     echo "env: $venv matches $lock"
@@ -26,7 +33,7 @@ if [[ ! -x .uv/bin/uv ]]; then
 fi
 # torch's CPU build is on the PyTorch index, or in a folder of wheels that pip already knows of.
 torch_source=()
-if [[ $venv == .venv ]]; then
+if [[ $name == cpu ]]; then
     links=$(.uv/bin/pip config list | sed -n "s/^.*find-links='\(.*\)'$/\1/p" | tr ' ' '\n' | sort -u | paste -sd, -)
     if [[ -n $links ]] && compgen -G "${links%%,*}/torch-*+cpu-*.whl" >/dev/null; then
         export UV_FIND_LINKS=$links
@@ -43,8 +50,9 @@ echo "env: installing $(grep -c == "$lock") packages into $venv"
 rm -f "$venv/lock.sha256"
 [[ -x $venv/bin/python ]] || .uv/bin/uv venv --quiet --python "$python" "$venv"
 .uv/bin/uv pip sync --quiet --compile-bytecode --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
-[[ $venv != .venv ]] || .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+[[ $name != cpu* ]] ||
+    .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
 echo "env: checking imports"
 # A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch.
-env -u DS_ACCELERATOR "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, vista_patch, $imports" >/dev/null
+env -u DS_ACCELERATOR "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, $imports" >/dev/null
 echo "$want" >"$venv/lock.sha256"

@@ -1,11 +1,10 @@
-"""RUN/manifest.json: what a run is made of, so that a figure in its report can be traced.
+"""RUN/manifest-BACKBONE.json: what a run is made of, so that a figure in its report can be traced.
 
-python scripts/manifest.py RUN --seeds N --experiments NAME...
+python scripts/manifest.py [--seeds N] EXPERIMENT...        of one backbone
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -38,32 +37,40 @@ def gpus() -> list[str]:
         return []
 
 
+PACKAGES = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "lmms-eval", "datasets"]
+VERSIONS = f"""
+import importlib.metadata, json, platform
+print(json.dumps({{"python": platform.python_version(), **{{p: importlib.metadata.version(p) for p in {PACKAGES}}}}}))
+"""
+
 parser = argparse.ArgumentParser()
-parser.add_argument("run", type=Path)
-parser.add_argument("--seeds", type=int, required=True)
-parser.add_argument("--experiments", nargs="+", required=True)
+parser.add_argument("--seeds", type=int, default=1)
+parser.add_argument("experiments", nargs="+")
 args = parser.parse_args()
 
-packages = ("torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "lmms-eval", "datasets")
-data = args.run / "data" / "manifest.json"
+configs = {name: config.load(name) for name in args.experiments}
+first = configs[args.experiments[0]]
+run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
+python = f"{environment}/bin/python" if environment else "python3"
+data = run / "data" / "manifest.json"
+parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
 manifest = {
     "kit": {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
-    "upstream": Path("upstream/LLaVA.source").read_text().strip(),
-    "patches": {path.name: sha256(path) for path in sorted(Path("patches/llava").glob("*.patch"))},
+    "upstream": Path(f"upstream/{backbone}.source").read_text().strip(),
+    "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
     "environment": {
-        "lock": sha256(Path("docker/locks/cpu.txt")),
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
+        "lock": Path(environment, "lock.sha256").read_text().strip() if environment else None,
+        **json.loads(subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout),
     },
     "data": sha256(data) if data.is_file() else None,
-    "models": {p.parent.name: sha256(p) for p in sorted(args.run.glob("models/*/model.safetensors"))},
+    "models": {p.parent.name: sha256(p) for part in sorted(parts) for p in sorted(part.glob("model*.safetensors"))},
     "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "gpus": gpus()},
     "seeds": list(range(args.seeds)),
     "argv": {
-        name: {stage: config.flags(config.load(name), stage) for stage in ("pretrain", "finetune")}
-        for name in args.experiments
+        name: {stage: config.flags(loaded, stage) for stage in ("pretrain", "finetune")}
+        for name, loaded in configs.items()
     },
 }
-partial = args.run / "manifest.json.partial"
+partial = run / f"manifest-{backbone}.json.partial"
 partial.write_text(json.dumps(manifest, indent=1))
-os.replace(partial, args.run / "manifest.json")
+os.replace(partial, run / f"manifest-{backbone}.json")

@@ -1,21 +1,23 @@
-"""Measure what the report's model-based figures show, on held-out rows, and store it beside the checkpoints.
+"""Measure what the report's model-based figures show, on held-out rows, and store it beside the checkpoint.
 
-    python scripts/probe.py results/tiny        writes results/tiny/seed*/probe/EXPERIMENT.npz
+    python scripts/probe.py CHECKPOINT EVAL_DATA        (scripts/probe.sh calls it)
 
-One file per stage-2 checkpoint RUN_DIR/seed*/llava-*/, from n long answers of at most T tokens
-(data/eval/describe.parquet) and k images of the other tasks with S x S image tokens:
+CHECKPOINT is .../EXPERIMENT-finetune; it writes .../probe/EXPERIMENT.npz, from n long answers of at most T tokens
+(EVAL_DATA/describe.parquet) and k images of the other tasks with S x S image tokens:
     kl              [n, T] fp32, nats, NaN past an answer's end: KL(p || q) at each answer token, the answer's
                     earlier tokens given; p with the true image, q with that of a row with another answer
     ce, ce_swapped  [n] fp32, nats per answer token, with the true and with the swapped image
     vista_mean, vista_sum, vista_cosine  [n] fp32: the VISTA term as Eq. 10 times 1/d, as Eq. 10, as cosine
-    map             [k, S, S] fp32: cosine similarity of the question's mean token embedding to each image
-                    token (projector output), as the paper's Figures 2 and 3
+    map             [k, S, S] fp32: cosine similarity of the question's mean token embedding to each image token
+                    (projector output), as the paper's Figures 2 and 3; NaN where the model has no token
     image, question [k, H, W, 3] uint8 and [k] str
     hidden_size     d
 Forward passes are fp32, on the GPU if there is one. A file newer than its checkpoint is kept.
 """
 
 import io
+import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,16 +28,10 @@ import torch
 import transformers
 from PIL import Image
 
-sys.path.insert(0, ".")
-sys.path.insert(0, "upstream/LLaVA")
-from llava.constants import IMAGE_TOKEN_INDEX
-from llava.conversation import conv_templates
-from llava.mm_utils import process_images, tokenizer_image_token
-from llava.model.builder import load_pretrained_model
-
 from vista_patch import vista_loss
 
 MAPS_PER_TASK = 3
+IMAGE_TOKEN_INDEX, IGNORE_INDEX = -200, -100  # llava/constants.py, tinyllava/utils/constants.py
 TERMS = {
     "vista_mean": {"reduction": "mean"},
     "vista_sum": {"reduction": "sum"},
@@ -61,37 +57,24 @@ def swapped(rows, i):
 
 
 class Probe:
-    """One checkpoint, loaded by stock LLaVA, in fp32 and eval mode."""
+    """One checkpoint, loaded by its stock upstream, in fp32 and eval mode."""
 
-    def __init__(self, checkpoint):
-        transformers.logging.set_verbosity_error()  # it would list every weight of the vision tower
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.tokenizer, model, self.processor, _ = load_pretrained_model(
-            str(checkpoint), None, checkpoint.name, device=device, device_map=device
-        )
-        self.model = model.float().eval()
-
-    def pixels(self, image):
-        return process_images([image], self.processor, self.model.config).to(self.model.device, torch.float32)
+    def __init__(self, model):
+        self.model = model.to("cuda" if torch.cuda.is_available() else "cpu").float().eval()
 
     def forward(self, row, image):
         """Teacher-forced on row's answer: log-probabilities [t, V] of its t tokens, their ids [t], and
         vista_loss's x [1, L, d], h [1, L, d], text [1, L] and image [1, L]."""
-        ids = []
-        for answer in (None, row["answer"]):
-            chat = conv_templates["v1"].copy()
-            chat.append_message(chat.roles[0], f"<image>\n{row['question']}")
-            chat.append_message(chat.roles[1], answer)
-            ids.append(tokenizer_image_token(chat.get_prompt(), self.tokenizer, return_tensors="pt"))
-        ids_l, answer_t = ids[1].to(self.model.device), ids[1][len(ids[0]) :].to(self.model.device)
+        ids_l, t = self.tokens(row)
+        ids_l = ids_l.to(self.model.device)
         inputs = ids_l[None], None, None, None, None, self.pixels(image)
         x_1Ld = self.model.prepare_inputs_labels_for_multimodal(*inputs)[4]
-        h_1Ld = self.model.model(inputs_embeds=x_1Ld).last_hidden_state
-        logp_tV = self.model.lm_head(h_1Ld[0, -len(answer_t) - 1 : -1]).log_softmax(-1)
+        h_1Ld = self.model.get_decoder()(inputs_embeds=x_1Ld).last_hidden_state
+        logp_tV = self.model.get_output_embeddings()(h_1Ld[0, -t - 1 : -1]).log_softmax(-1)
         first = (ids_l == IMAGE_TOKEN_INDEX).nonzero().item()
         image_1L = torch.zeros(x_1Ld.shape[:2], dtype=torch.bool, device=x_1Ld.device)
         image_1L[:, first : first + x_1Ld.shape[1] - len(ids_l) + 1] = True
-        return logp_tV, answer_t, (x_1Ld, h_1Ld, ~image_1L, image_1L)
+        return logp_tV, ids_l[-t:], (x_1Ld, h_1Ld, ~image_1L, image_1L)
 
     def describe(self, rows):
         """kl, ce, ce_swapped and the vista_ arrays."""
@@ -116,37 +99,85 @@ class Probe:
         ids_1t = self.tokenizer(row["question"], add_special_tokens=False, return_tensors="pt").input_ids
         text_1d = self.model.get_input_embeddings()(ids_1t.to(self.model.device)).mean(1)
         tokens_Nd = self.model.encode_images(self.pixels(row["image"]))[0]
-        side = round(len(tokens_Nd) ** 0.5)
-        return torch.cosine_similarity(tokens_Nd, text_1d, dim=-1).view(side, side).cpu().numpy()
+        cosine_N = torch.cosine_similarity(tokens_Nd, text_1d, dim=-1).cpu().numpy()
+        side = math.ceil(len(cosine_N) ** 0.5)
+        # TinyLLaVA drops its tower's first token, which in SigLIP is the first patch.
+        return np.concatenate([np.full(side**2 - len(cosine_N), np.nan, "float32"), cosine_N]).reshape(side, side)
+
+
+class LLaVA(Probe):
+    def __init__(self, checkpoint):
+        from llava.model.builder import load_pretrained_model
+
+        self.tokenizer, model, self.processor, _ = load_pretrained_model(
+            str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu"
+        )
+        super().__init__(model)
+
+    def pixels(self, image):
+        from llava.mm_utils import process_images
+
+        return process_images([image], self.processor, self.model.config).to(self.model.device, torch.float32)
+
+    def tokens(self, row):
+        """ids [l] of prompt and answer, and the number of the answer's."""
+        from llava.conversation import conv_templates
+        from llava.mm_utils import tokenizer_image_token
+
+        ids = []
+        for answer in (None, row["answer"]):
+            chat = conv_templates["v1"].copy()
+            chat.append_message(chat.roles[0], f"<image>\n{row['question']}")
+            chat.append_message(chat.roles[1], answer)
+            ids.append(tokenizer_image_token(chat.get_prompt(), self.tokenizer, return_tensors="pt"))
+        return ids[1], len(ids[1]) - len(ids[0])
+
+
+class TinyLLaVA(Probe):
+    def __init__(self, checkpoint):
+        from tinyllava.data import ImagePreprocess, TextPreprocess
+        from tinyllava.model import load_pretrained_model
+
+        model, self.tokenizer, processor, _ = load_pretrained_model(str(checkpoint), device_map="cpu")
+        self.image, self.text = ImagePreprocess(processor, model.config), TextPreprocess(self.tokenizer, "phi")
+        super().__init__(model)
+
+    def pixels(self, image):
+        return self.image(image)[None].to(self.model.device)
+
+    def tokens(self, row):
+        """ids [l] of prompt and answer, and the number of the answer's."""
+        turns = [{"from": "human", "value": f"<image>\n{row['question']}"}, {"from": "gpt", "value": row["answer"]}]
+        encoded = self.text(turns)
+        return encoded["input_ids"], int((encoded["labels"] != IGNORE_INDEX).sum())
 
 
 @torch.inference_mode()
-def main(run):
-    configs = sorted(p for p in run.glob("seed*/llava-*/config.json") if not p.parent.match("*-pretrain"))
-    if not configs:
-        sys.exit(f"probe.py: there is no {run}/seed*/llava-*/config.json: train first")
-    describe, mapped = held_out(run / "data/eval")
-    for config in configs:
-        checkpoint = config.parent
-        out = checkpoint.parent / "probe" / f"{checkpoint.name}.npz"
-        if out.exists() and out.stat().st_mtime > config.stat().st_mtime:
-            print(f"{out}: whole, kept")
-            continue
-        probe = Probe(checkpoint)
-        arrays = probe.describe(describe) | {
-            "map": np.stack([probe.map(row) for row in mapped]),
-            "image": np.stack([np.asarray(row["image"]) for row in mapped]),
-            "question": np.array([row["question"] for row in mapped]),
-            "hidden_size": np.array(probe.model.config.hidden_size),
-        }
-        out.parent.mkdir(exist_ok=True)
-        partial = out.with_suffix(".partial.npz")
-        np.savez_compressed(partial, **arrays)
-        os.replace(partial, out)
-        print(f"{out}: {len(describe)} answers, {len(mapped)} maps")
+def main(checkpoint, eval_data):
+    config = checkpoint / "config.json"
+    if not config.exists():
+        sys.exit(f"probe.py: there is no {config}: train first")
+    out = checkpoint.parent / "probe" / f"{checkpoint.name.removesuffix('-finetune')}.npz"
+    if out.exists() and out.stat().st_mtime > config.stat().st_mtime:
+        return print(f"{out}: whole, kept")
+    transformers.logging.set_verbosity_error()  # it would list every weight of the vision tower
+    tiny = json.loads(config.read_text())["model_type"] == "tinyllava"
+    probe = TinyLLaVA(checkpoint) if tiny else LLaVA(checkpoint)
+    describe, mapped = held_out(eval_data)
+    arrays = probe.describe(describe) | {
+        "map": np.stack([probe.map(row) for row in mapped]),
+        "image": np.stack([np.asarray(row["image"]) for row in mapped]),
+        "question": np.array([row["question"] for row in mapped]),
+        "hidden_size": np.array(probe.model.config.hidden_size),
+    }
+    out.parent.mkdir(exist_ok=True)
+    partial = out.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, out)
+    print(f"{out}: {len(describe)} answers, {len(mapped)} maps")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

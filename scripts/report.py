@@ -2,8 +2,8 @@
 
     python scripts/report.py results/tiny
 
-Reads what training, scripts/eval.sh and scripts/probe.py left in RUN_DIR/seed*/, and RUN_DIR/manifest.json.
-The baseline is the experiment whose name all others extend; TASK_blind is TASK with a blank image. Figures
+Reads what training, scripts/eval.sh and scripts/probe.sh left in RUN_DIR/seed*/, and RUN_DIR/manifest-*.json.
+A baseline is an experiment whose name others extend: one per backbone. TASK_blind is TASK with a blank image. Figures
 and sentences are all computed; what is missing or odd is refused with one line that says what to do.
 """
 
@@ -28,7 +28,7 @@ from scipy import stats
 METRIC = "exact_match"
 RESAMPLES = 10_000
 SEES, DIFFERS = 0.01, 0.05  # p below which the baseline is said to see, and two variants to differ
-STAGES = {"stage 1": "-pretrain", "stage 2": ""}
+STAGES = {"stage 1": "-pretrain", "stage 2": "-finetune"}
 TERMS = ("ce", "ce_swapped", "vista_mean", "vista_sum", "vista_cosine")
 
 
@@ -127,16 +127,28 @@ def load_usual_answers(path):
     return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
 
 
-def load_run(run):
+def load_runs(run):
+    """{baseline: load_run of it and the variants whose names extend it}, one for each backbone."""
+    names = sorted({p.name for p in run.glob("seed*/eval/*")}, key=lambda name: (len(name), name))
+    if not names:
+        refuse(run, "has no seed*/eval folder", "Run scripts/eval.sh first.")
+    groups = {}
+    for name in names:
+        groups.setdefault(next((b for b in groups if name.startswith(f"{b}-")), name), []).append(name)
+    for baseline, variants in groups.items():
+        if len(variants) < 2:
+            refuse(run, f"{baseline} is evaluated alone", "A baseline and its -variants are needed.")
+    runs = {baseline: load_run(run, variants) for baseline, variants in groups.items()}
+    if len({(*r.seeds, *r.tasks) for r in runs.values()}) > 1:
+        refuse(run, f"{' and '.join(runs)} have other tasks or seeds", "Run scripts/eval.sh for what is missing.")
+    return runs
+
+
+def load_run(run, variants):
     """seeds, variants (baseline first), tasks; evals[seed, variant, task], logs[seed, variant, stage],
     probes[seed, variant]; usual_answers[question]."""
-    seeds = sorted({p.parent.name for p in run.glob("seed*/eval")}, key=lambda name: int(name[4:]))
-    if not seeds:
-        refuse(run, "has no seed*/eval folder", "Run scripts/eval.sh first.")
-    variants = sorted({p.name for p in run.glob("seed*/eval/*")}, key=lambda name: (len(name), name))
     baseline = variants[0]
-    if len(variants) < 2 or not all(name.startswith(f"{baseline}-") for name in variants[1:]):
-        refuse(run, f"evaluated are {', '.join(variants)}", "A baseline and its -variants are needed.")
+    seeds = sorted({p.parts[-3] for p in run.glob(f"seed*/eval/{baseline}")}, key=lambda name: int(name[4:]))
     tasks = sorted(p.name for p in run.glob(f"{seeds[0]}/eval/{baseline}/[!.]*") if not p.match("*_blind"))
     evals, logs, probes = {}, {}, {}
     for seed in seeds:
@@ -151,7 +163,7 @@ def load_run(run):
                 logs[seed, name, stage] = load_log(run / seed / f"{name}{suffix}")
             path = run / seed / "probe" / f"{name}.npz"
             if not path.exists():
-                refuse(path, "is missing", f"Run python scripts/probe.py {run}.")
+                refuse(path, "is missing", f"Run scripts/probe.sh {name} {seed[4:]}.")
             probes[seed, name] = dict(np.load(path))
     usual = load_usual_answers(run / "data" / "finetune.json")
     return SimpleNamespace(
@@ -246,8 +258,8 @@ def probed(run, name):
         "terms": {key: float(np.mean([probe[key] for probe in probes])) for key in TERMS}
         | {"d": int(probes[0]["hidden_size"])},
         "maps": {
-            "cosine": float(np.mean([probe["map"] for probe in probes])),
-            "sd_within_image": float(np.mean([probe["map"].std((1, 2)) for probe in probes])),
+            "cosine": float(np.nanmean([probe["map"] for probe in probes])),
+            "sd_within_image": float(np.mean([np.nanstd(probe["map"], (1, 2)) for probe in probes])),
         },
     }
 
@@ -260,13 +272,13 @@ def verdicts(r):
         seed = f"{row['seed']}, the least sure of {len(r['seeds'])}" if len(r["seeds"]) > 1 else row["seed"]
         best = max(row["blank_image"], row["most_frequent"])
         source = "a blank image" if best == row["blank_image"] else "the question's most frequent answer in training"
-        verb = "The baseline sees" if row["p"] < SEES else "THE BASELINE DOES NOT SEE"
+        said = f"{r['baseline']} sees" if row["p"] < SEES else f"NO SIGHT in {r['baseline']}"
         out.append(
-            f"{verb} ({task}, {seed}): {row['baseline']:.1%} right against {best:.1%} for the best image-"
+            f"{said} ({task}, {seed}): {row['baseline']:.1%} right against {best:.1%} for the best image-"
             f"blind answer ({source}), exact McNemar p = {row['p']:.2g}, n = {row['n']}."
         )
     if any(row["p"] >= SEES for row in r["blind"]):
-        out.insert(0, "NO COMPARISON BELOW MEANS ANYTHING: a task shows no sight in the baseline.")
+        out.insert(0, f"NO COMPARISON WITH {r['baseline']} MEANS ANYTHING: a task shows no sight in it.")
     for name, gain in r["delta"].items():
         moved = [
             f"{task} {pair['value']:+.1f} points (p = {pair['p']:.2g})"
@@ -304,18 +316,21 @@ def ci(pair, spec="+.2f"):
 def main(folder):
     if not folder.is_dir():
         refuse(folder, "is not a folder", "Give the run's folder, such as results/tiny.")
-    run = load_run(folder)
-    r = {"seeds": run.seeds, "baseline": run.variants[0], "metric": METRIC, "resamples": RESAMPLES}
-    r |= scores(run) | {"blind": sight(run), "probes": {name: probed(run, name) for name in run.variants}}
-    r["verdicts"] = verdicts(r)
+    runs, groups = load_runs(folder), {}
+    for baseline, run in runs.items():
+        group = {"seeds": run.seeds, "baseline": baseline} | scores(run) | {"blind": sight(run)}
+        group["probes"] = {name: probed(run, name) for name in run.variants}
+        groups[baseline] = group | {"verdicts": verdicts(group)}
+    r = {"metric": METRIC, "resamples": RESAMPLES, "groups": groups}
     packages = ("lmms-eval", "torch", "transformers", "deepspeed", "numpy", "scipy", "matplotlib")
     r["versions"] = {name: importlib.metadata.version(name) for name in packages}
     r["versions"]["python"] = platform.python_version()
     r["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    manifest = folder / "manifest.json"
-    r["manifest"] = json.loads(manifest.read_text()) if manifest.exists() else None
+    manifests = sorted(folder.glob("manifest-*.json"))
+    r["manifests"] = {path.stem.removeprefix("manifest-"): json.loads(path.read_text()) for path in manifests}
 
-    report_figures.draw(run, r, folder / "figures")
+    for baseline, run in runs.items():
+        report_figures.draw(run, groups[baseline], folder / "figures" / baseline)
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=here, trim_blocks=True, undefined=jinja2.StrictUndefined)
     text = templates.get_template("report.md.j2").render(r, run=folder.as_posix(), ci=ci)
@@ -327,7 +342,7 @@ def main(folder):
     for name, content in {"report.json": numbers, "report.md": text, "report.html": page}.items():
         (folder / f"{name}.partial").write_text(content)
         os.replace(folder / f"{name}.partial", folder / name)
-    print(*r["verdicts"], folder / "report.html", sep="\n")
+    print(*(line for group in groups.values() for line in group["verdicts"]), folder / "report.html", sep="\n")
 
 
 def data_uri(png):

@@ -25,7 +25,7 @@ plt.rcParams.update(
 
 def draw(run, report, folder):
     """Write loss_stage_1, loss_stage_2, theorem and maps as PNGs into `folder`."""
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     color = dict(zip(run.variants, COLORS, strict=False))
     figures = {
         "loss_stage_1": loss(run, color, "stage 1"),
@@ -81,7 +81,7 @@ def theorem(curves, color):
 def maps(probes):
     """Rows: held-out images; columns: the image, then its map for each variant. One colour scale for all."""
     first = next(iter(probes.values()))
-    low, high = (float(f([f(probe["map"]) for probe in probes.values()])) for f in (np.min, np.max))
+    low, high = (float(f([f(probe["map"]) for probe in probes.values()])) for f in (np.nanmin, np.nanmax))
     rows, columns = len(first["image"]), 1 + len(probes)
     size = (1.4 * columns, 1.7 * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
@@ -94,6 +94,6 @@ def maps(probes):
             map_SS = probe["map"][k]
             shown = axis.imshow(map_SS, cmap="Blues", vmin=low, vmax=high)
             title = "" if k else textwrap.fill(name, 16, break_on_hyphens=True) + "\n"
-            axis.set_title(f"{title}{map_SS.min():.2f} to {map_SS.max():.2f}", fontsize=7)
+            axis.set_title(f"{title}{np.nanmin(map_SS):.2f} to {np.nanmax(map_SS):.2f}", fontsize=7)
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine similarity")
     return figure

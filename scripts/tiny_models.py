@@ -1,11 +1,13 @@
-"""The miniature's two pre-trained parts, from scratch on the training split of scripts/tiny_data.py.
+"""The miniature's pre-trained parts, from scratch on the training split of scripts/tiny_data.py.
 
-    python scripts/tiny_models.py [DATA] [OUT]     default results/tiny/data results/tiny/models
+    python scripts/tiny_models.py DATA FOLDER...        the last part of each FOLDER's name says what to make
 
-OUT/clip-tiny    CLIPVisionModel and CLIPImageProcessor. Supervised by the annotations (shape, color, the digit in
-                 each quarter) on the patch tokens of hidden_states[-2]: the layer that LLaVA reads.
-OUT/llama-tiny   LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer, trained on captions and on the stage 2
-                 conversations with a caption in the image's place. It sees no image and no held-out row.
+clip-tiny, siglip-tiny   CLIPVisionModel or SiglipVisionModel and its image processor. Supervised by the annotations
+                         (shape, color, the digit in each quarter) on the patch tokens of hidden_states[-2]: the
+                         layer that LLaVA reads.
+llama-tiny, phi-tiny     LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer, or PhiForCausalLM and a byte-level
+                         BPE CodeGenTokenizer, trained on captions and on the stage 2 conversations with a caption in
+                         the image's place. It sees no image and no held-out row.
 
 A model that is there already is skipped. Each is written under another name and renamed when whole.
 """
@@ -30,18 +32,26 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
+    CodeGenTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaTokenizer,
+    PhiConfig,
+    PhiForCausalLM,
+    SiglipImageProcessor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
-# Stock LLaVA's "v1" conversation opens with this sentence: the language model meets it in training, as Vicuna did.
+# Stock LLaVA's "v1" and TinyLLaVA's "phi" conversations open with this sentence: the language model meets it here.
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-CLIP = {"steps": 700, "batch": 64, "lr": 1e-3}
-LLAMA = {"steps": 400, "batch": 32, "lr": 2e-3}
+VISION = {"steps": 700, "batch": 64, "lr": 1e-3}
+LANGUAGE = {"steps": 400, "batch": 32, "lr": 2e-3}
+SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIDE, PATCH = 64, 8  # pixels
 
 
 def train(name, parameters, loss_of_step, steps, lr, **_):
@@ -67,7 +77,7 @@ def train(name, parameters, loss_of_step, steps, lr, **_):
             )
 
 
-# clip-tiny -----------------------------------------------------------------------------------------------------------
+# Vision --------------------------------------------------------------------------------------------------------------
 
 
 def targets(notes):
@@ -99,52 +109,51 @@ class Heads(torch.nn.Module):
 
     def forward(self, model, x_BCHW):
         """Logits [B, classes] for each of the six targets."""
-        patches_BND = model(x_BCHW, output_hidden_states=True).hidden_states[-2][:, 1:]
-        batch, n, width = patches_BND.shape
-        grid = patches_BND.transpose(1, 2).reshape(batch, width, math.isqrt(n), -1)
+        side = SIDE // PATCH  # CLIP has a class token before the patches
+        patches_BND = model(x_BCHW, output_hidden_states=True).hidden_states[-2][:, -(side**2) :]
+        grid = patches_BND.transpose(1, 2).unflatten(2, (side, side))
         quarters_B4D = F.adaptive_avg_pool2d(grid, 2).flatten(2).transpose(1, 2)
         mean_BD = patches_BND.mean(1)
         return [self.shape(mean_BD), self.color(mean_BD), *self.digit(quarters_B4D).unbind(1)]
 
 
-def make_clip(data, out):
+def clip():
+    processor = CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    config = CLIPVisionConfig(image_size=SIDE, patch_size=PATCH, projection_dim=SHAPE["hidden_size"], **SHAPE)
+    return processor, CLIPVisionModel(config)
+
+
+def siglip():
+    config = SiglipVisionConfig(image_size=SIDE, patch_size=PATCH, **SHAPE)
+    return SiglipImageProcessor(size={"height": SIDE, "width": SIDE}), SiglipVisionModel(config)
+
+
+def make_vision(name, new, data, out):
     notes = json.loads((data / "annotations.json").read_text())
-    processor = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    processor, model = new()
     x, y = pixels(processor, [(data / "images" / name).read_bytes() for name in notes]), targets(notes.values())
-    model = CLIPVisionModel(
-        CLIPVisionConfig(
-            image_size=64,
-            patch_size=8,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            projection_dim=128,
-        )
-    )
-    heads = Heads(128)
+    heads = Heads(SHAPE["hidden_size"])
 
     def loss():
-        rows = torch.randint(len(x), (CLIP["batch"],))
+        rows = torch.randint(len(x), (VISION["batch"],))
         logits = heads(model, x[rows])
         return sum(F.cross_entropy(z, t) for z, t in zip(logits, y[rows].T, strict=True) if (t >= 0).any())
 
-    train("clip-tiny", [*model.parameters(), *heads.parameters()], loss, **CLIP)
+    train(name, [*model.parameters(), *heads.parameters()], loss, **VISION)
     held_out = easyvqa_split("test") + digit_scenes(500, True, random.Random(SEED + 1))
     y = targets([note for _, note, _ in held_out])
     with torch.no_grad():
         parts = [heads(model, x) for x in pixels(processor, [png for png, _, _ in held_out]).split(250)]
     logits = [torch.cat(z) for z in zip(*parts, strict=True)]
     right = [(z.argmax(-1) == t)[t >= 0].float() for z, t in zip(logits, y.T, strict=True)]
-    print(
-        "clip-tiny held-out accuracy: "
-        f"shape {right[0].mean():.3f}, color {right[1].mean():.3f}, quarter {torch.cat(right[2:]).mean():.3f}"
-    )
+    shape, color, *quarters = (sum(r) / len(r) for r in right)
+    quarter = sum(quarters) / len(quarters)
+    print(f"{name} held-out accuracy: shape {shape:.3f}, color {color:.3f}, quarter {quarter:.3f}")
     model.save_pretrained(out)
     processor.save_pretrained(out)
 
 
-# llama-tiny ----------------------------------------------------------------------------------------------------------
+# Language ------------------------------------------------------------------------------------------------------------
 
 
 def sentences(data, rng):
@@ -167,13 +176,12 @@ def sentences(data, rng):
     return rng.sample(texts, len(texts))
 
 
-def make_tokenizer(texts, out):
+def llama(lines, out):
     """Stock LLaVA masks a later turn's question on the assumption that "USER" alone is one token more than right after
     </s> (train.py, preprocess_v1: `round_len -= 1`), as in Llama's vocabulary: USER must be a piece that never merges
     with the space before it, else training ignores the row ("tokenization mismatch")."""
     import sentencepiece
 
-    lines = sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line})
     with open(out / "tokenizer.model", "wb") as writer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -189,69 +197,85 @@ def make_tokenizer(texts, out):
             minloglevel=2,
         )
     tokenizer = LlamaTokenizer(str(out / "tokenizer.model"), legacy=False, pad_token="<unk>", model_max_length=2048)
-    tokenizer.save_pretrained(out)
-    return tokenizer
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPE
+    )
+    return tokenizer, LlamaForCausalLM(config)
 
 
-def make_llama(data, out):
+def phi(lines, out):
+    """As phi-2: one special token that is beginning, end and unknown, and words that carry the space before them."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(lines, vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(out))
+    tokenizer = CodeGenTokenizer(str(out / "vocab.json"), str(out / "merges.txt"), model_max_length=2048)
+    end = tokenizer.eos_token_id
+    config = PhiConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=2048, partial_rotary_factor=0.4,
+        bos_token_id=end, eos_token_id=end, **SHAPE,
+    )  # fmt: skip
+    return tokenizer, PhiForCausalLM(config)
+
+
+def make_language(name, new, data, out):
     rng = random.Random(SEED)
     texts = sentences(data, rng)
-    tokenizer = make_tokenizer(texts, out)
-    ids = sorted((tokenizer(text).input_ids for text in texts), key=len)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            max_position_embeddings=2048,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
+    tokenizer, model = new(
+        sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line}), out
     )
+    tokenizer.save_pretrained(out)
+    ids = sorted((tokenizer(text.replace("</s>", tokenizer.eos_token)).input_ids for text in texts), key=len)
     print(
-        f"llama-tiny: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{name}: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{len(texts)} texts of {np.mean([len(i) for i in ids]):.0f} tokens"
     )
 
     def loss():
-        first = rng.randrange(len(ids) - LLAMA["batch"])  # neighbours in length: little padding
-        rows = ids[first : first + LLAMA["batch"]]
+        first = rng.randrange(len(ids) - LANGUAGE["batch"])  # neighbours in length: little padding
+        rows = ids[first : first + LANGUAGE["batch"]]
         batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
         mask = batch >= 0
         return model(batch.clamp(min=0), attention_mask=mask.long(), labels=batch).loss
 
-    train("llama-tiny", list(model.parameters()), loss, **LLAMA)
+    train(name, list(model.parameters()), loss, **LANGUAGE)
     model.save_pretrained(out)
 
 
-def main(data, out):
+MAKE = {
+    "clip-tiny": (make_vision, clip),
+    "siglip-tiny": (make_vision, siglip),
+    "llama-tiny": (make_language, llama),
+    "phi-tiny": (make_language, phi),
+}
+
+
+def main(data, *folders):
     manifest = data / "manifest.json"
     if not manifest.exists():
         sys.exit(f"{data} holds no data: run scripts/tiny_data.py {data} first")
     made_from = hashlib.sha256(manifest.read_bytes() + Path(__file__).read_bytes()).hexdigest() + "\n"
-    for name, make in (("clip-tiny", make_clip), ("llama-tiny", make_llama)):
-        final, partial = out / name, out / f"{name}.partial"
+    for final in folders:
+        if final.name not in MAKE:
+            sys.exit(f"{final}: there is no model {final.name!r}: choose {', '.join(MAKE)}")
         if final.exists():
             if not (final / "made_from.sha256").exists() or (final / "made_from.sha256").read_text() != made_from:
                 sys.exit(f"{final} was made from other data or by another scripts/tiny_models.py: delete that folder")
             print(f"{final}: whole, nothing to do")
             continue
+        partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         torch.manual_seed(SEED)
-        make(data, partial)
+        make, new = MAKE[final.name]
+        make(final.name, new, data, partial)
         (partial / "made_from.sha256").write_text(made_from)
         os.replace(partial, final)
         print(f"{final}: written")
 
 
 if __name__ == "__main__":
-    main(
-        *(
-            Path(sys.argv[i] if len(sys.argv) > i else default)
-            for i, default in ((1, "results/tiny/data"), (2, "results/tiny/models"))
-        )
-    )
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    main(*map(Path, sys.argv[1:]))

@@ -1,10 +1,10 @@
-"""Runs stock LLaVA's train.py in this process, with the three things that no flag of it can do.
+"""Runs an upstream's stock train.py in this process, with the three things that no flag of it can do.
 
 1. Its projector is initialised before the trainer seeds anything: `--seed` is set here, so that two runs are equal.
 2. Without CUDA, accelerate would still ask for NCCL under DeepSpeed: gloo is set up first, and found by it.
-3. Without CUDA, `torch.cuda.synchronize()` at the final save (safe_save_model_for_hf_trainer) must do nothing.
+3. Without CUDA, `torch.cuda.synchronize()` at the final save must do nothing.
 
-`--train_module` is llava.train.train_mem (flash-attention, GPU) or llava.train.train; all else goes to stock.
+`--train_module` is the script as a module, such as llava.train.train_mem; all else goes to stock.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 import transformers
 
 parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-parser.add_argument("--train_module", choices=("llava.train.train", "llava.train.train_mem"), required=True)
+parser.add_argument("--train_module", required=True)
 module, stock_argv = parser.parse_known_args()
 parser.add_argument("--seed", type=int, required=True)
 transformers.set_seed(parser.parse_known_args()[0].seed)

@@ -1,22 +1,32 @@
 #!/usr/bin/env bash
-# Stock LLaVA at the commit of patches/upstreams.toml, in upstream/LLaVA. From GitHub; where GitHub is out of
-# reach, from the package index: llava-torch, checked by hash, a little older than the commit.
-# upstream/LLaVA.source says which of the two it is; the report's manifest repeats it.
+# A stock upstream at the commit of patches/upstreams.toml, in upstream/NAME.
+#
+#   scripts/upstream.sh [llava|tinyllava]
+#
+# From GitHub; where GitHub is out of reach, LLaVA from the package index: llava-torch, checked by hash, a little older
+# than the commit. TinyLLaVA_Factory is on no package index. upstream/NAME.source says which it is; the report repeats it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 
-tree=upstream/LLaVA
-read -r url commit requirement sha256 < <(python - <<'EOF'
-import tomllib
-llava = tomllib.load(open("patches/upstreams.toml", "rb"))["llava"]
-print(llava["url"], llava["commit"], llava["package"]["requirement"], llava["package"]["sha256"])
+name=${1:-llava}
+tree=upstream/$name
+pin=$(python - "$name" <<'EOF'
+import sys, tomllib
+upstreams = tomllib.load(open("patches/upstreams.toml", "rb"))
+if sys.argv[1] not in upstreams:
+    sys.exit(f"upstream: no upstream {sys.argv[1]!r}: choose {', '.join(upstreams)}")
+pin = upstreams[sys.argv[1]]
+package = pin.get("package", {"requirement": "-", "sha256": "-"})
+print(pin["url"], pin["commit"], package["requirement"], package["sha256"], *pin["sparse"])
 EOF
 )
+read -r url commit requirement sha256 folders <<<"$pin"
 
 from_git() {
+    # shellcheck disable=SC2086 # one word per folder
     git clone --quiet --filter=blob:none --no-checkout "$url" "$tree.partial" &&
-        git -C "$tree.partial" sparse-checkout set llava scripts &&
+        git -C "$tree.partial" sparse-checkout set $folders &&
         git -C "$tree.partial" checkout --quiet "$commit"
 }
 
@@ -46,6 +56,10 @@ if [[ ! -f $tree.source ]]; then
     mkdir -p upstream
     if from_git; then
         source="$url@$commit"
+    elif [[ $requirement == - ]]; then
+        rm -rf "$tree.partial"
+        echo "upstream: $url cannot be cloned from here, and no package index carries it" >&2
+        exit 3
     else
         echo "upstream: no git clone of $url could be had: taking $requirement from the package index" >&2
         rm -rf "$tree.partial"

@@ -1,4 +1,4 @@
-"""Real stock LLaVA, patched, with random tiny weights. scripts/upstream.sh puts it in upstream/LLaVA."""
+"""Real stock LLaVA, patched, with random tiny weights. scripts/upstream.sh puts it in upstream/llava."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-UPSTREAM = ROOT / "upstream" / "LLaVA"
+UPSTREAM = ROOT / "upstream" / "llava"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def llava():
     if not UPSTREAM.is_dir():
-        pytest.fail("upstream/LLaVA is missing: run scripts/upstream.sh (make test does)")
+        pytest.fail("upstream/llava is missing: run scripts/upstream.sh (make test does)")
     sys.path.insert(0, str(UPSTREAM))
     import llava.model.language_model.llava_llama as module
 

@@ -39,26 +39,28 @@ def write_task(folder, right):
     (folder / "20260101_000000_results.json").write_text(json.dumps(results))
 
 
-def make_run(root, seeds=1, blind_accuracy=0.2):
+def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
     """A whole run's tree: the files that training, evaluation and the probe leave behind."""
     rng = np.random.default_rng(0)
-    for seed, name in itertools.product(range(seeds), VARIANTS):
+    for seed, name in itertools.product(range(seeds), variants):
         base = root / f"seed{seed}"
         for task in ("digits", "easyvqa"):
-            write_task(base / "eval" / name / task, rng.random(N) < ACCURACY[name])
-            if name == VARIANTS[0]:
+            write_task(base / "eval" / name / task, rng.random(N) < ACCURACY[name.removeprefix("tiny")])
+            if name.endswith("-tiny"):
                 write_task(base / "eval" / name / f"{task}_blind", rng.random(N) < blind_accuracy)
         log = [{"step": s, "loss": 3 / s} for s in range(1, 41)]
         for row in log if "vista" in name else []:
             row.update(loss_ce=2 / row["step"], loss_vista=1 / row["step"])
         log.append({"step": 40, "train_runtime": 1.0, "train_loss": 0.5})
-        for folder in (f"{name}-pretrain", name):
+        for folder in (f"{name}-pretrain", f"{name}-finetune"):
             (base / folder).mkdir()
             (base / folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
         kl = np.exp(-np.arange(30) / 10) * rng.uniform(0.5, 1.5, (16, 1))
         kl[::2, 20:] = np.nan
         arrays = {key: np.full(16, 0.5) for key in report.TERMS} | {"kl": kl, "hidden_size": np.array(64)}
-        arrays |= {"map": rng.normal(size=(2, 4, 4)), "question": np.array(["what?", "where?"])}
+        maps = rng.normal(size=(2, 4, 4))
+        maps[:, 0, 0] = np.nan if name.startswith("tiny") else 0
+        arrays |= {"map": maps, "question": np.array(["what?", "where?"])}
         arrays["image"] = rng.integers(0, 255, (2, 64, 64, 3)).astype("uint8")
         (base / "probe").mkdir(exist_ok=True)
         np.savez(base / "probe" / f"{name}.npz", **arrays)
@@ -66,9 +68,9 @@ def make_run(root, seeds=1, blind_accuracy=0.2):
     asked = [("a 3?", "yes"), ("a 3?", "no"), ("a 3?", "yes"), *(("left?", digit) for digit in "1234"), ("left?", "1")]
     turns = [{"from": "human", "value": f"<image>\n{q}{suffix}"} for q, _ in asked]
     rows = [{"conversations": [turn, {"from": "gpt", "value": a}]} for turn, (_, a) in zip(turns, asked, strict=True)]
-    (root / "data").mkdir()
+    (root / "data").mkdir(exist_ok=True)
     (root / "data" / "finetune.json").write_text(json.dumps(rows))
-    (root / "manifest.json").write_text(json.dumps({"commits": {"LLaVA": "c121f04"}}))
+    (root / "manifest-llava.json").write_text(json.dumps({"kit": {"commit": "c121f04"}}))
     return root
 
 
@@ -145,13 +147,14 @@ def test_delta_against_the_papers_tables(scores, baseline, printed, follows):
 
 def test_scores_and_verdicts(run):
     report.main(run)
-    r = json.loads((run / "report.json").read_text())
-    assert r["table"]["llava-tiny"]["digits"]["n"] == N and r["manifest"]["commits"]
+    whole = json.loads((run / "report.json").read_text())
+    r = whole["groups"]["llava-tiny"]
+    assert r["table"]["llava-tiny"]["digits"]["n"] == N and whole["manifests"]["llava"]["kit"]
     means = {name: [r["table"][name][t]["score"] for t in ("digits", "easyvqa")] for name in VARIANTS}
     for name, d in r["delta"].items():
         assert d["value"] == pytest.approx(report.delta(means[name], means[VARIANTS[0]]))
     text = (run / "report.md").read_text()
-    assert "NO COMPARISON" not in text and text.count("The baseline sees") == 2
+    assert "NO COMPARISON" not in text and text.count("llava-tiny sees") == 2
     assert re.search(r"llava-tiny-vista: the mean relative gain over llava-tiny is \+.*better", text)
     assert re.search(r"llava-tiny-vista-cosine: the mean relative gain over .*no measurable difference", text)
     assert text.count("falls with the token's position") == 3
@@ -161,16 +164,32 @@ def test_scores_and_verdicts(run):
 def test_a_blind_baseline_is_said_at_the_top(tmp_path):
     report.main(make_run(tmp_path, blind_accuracy=0.7))
     first = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("-"))
-    assert first.startswith("- **NO COMPARISON BELOW MEANS ANYTHING")
+    assert first.startswith("- **NO COMPARISON WITH llava-tiny MEANS ANYTHING")
 
 
 def test_seeds_give_mean_and_standard_deviation(tmp_path):
     report.main(make_run(tmp_path, seeds=3))
     r = json.loads((tmp_path / "report.json").read_text())
-    cell = r["table"]["llava-tiny-vista"]["digits"]
+    cell = r["groups"]["llava-tiny"]["table"]["llava-tiny-vista"]["digits"]
     assert cell["score"] == pytest.approx(np.mean(cell["per_seed"]))
     assert cell["seed_sd"] == pytest.approx(np.std(cell["per_seed"], ddof=1)) and len(cell["per_seed"]) == 3
     assert "3 seeds" in (tmp_path / "report.md").read_text()
+
+
+def test_two_backbones_in_one_report(run):
+    make_run(run, variants=[f"tiny{name}" for name in VARIANTS])
+    report.main(run)
+    groups = json.loads((run / "report.json").read_text())["groups"]
+    assert list(groups) == ["llava-tiny", "tinyllava-tiny"]
+    assert list(groups["tinyllava-tiny"]["delta"]) == ["tinyllava-tiny-vista", "tinyllava-tiny-vista-cosine"]
+    table = (run / "report.md").read_text().split("## Scores")[1].split("###")[0]
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    both = [name for group in groups.values() for name in [*group["table"], f"*{group['baseline']}, blank image*"]]
+    assert rows == ["Method", *both, "*the question's most frequent answer in training*"]
+    shutil.rmtree(run / "seed0/eval/tinyllava-tiny/digits")
+    shutil.rmtree(run / "seed0/eval/tinyllava-tiny/digits_blind")
+    with pytest.raises(SystemExit, match="have other tasks or seeds"):
+        report.main(run)
 
 
 def edit(pattern, change):
@@ -202,13 +221,13 @@ SAMPLES = "eval/llava-tiny-vista/digits/*/*_samples_digits.jsonl"
         (edit(SAMPLES, lambda t: t[t.index("\n") + 1 :]), "119 rows"),
         (edit(SAMPLES, lambda t: t.replace('"digits-7"', '"digits-6"')), "119 question ids"),
         (edit(SAMPLES, lambda t: t.replace('"digits-7"', '"digits-999"')), "other questions"),
-        (edit("llava-tiny/trainer_state.json", None), "not a trainer state"),
-        (edit("llava-tiny/trainer_state.json", lambda t: t.replace("3.0", "NaN")), "not finite"),
-        (edit("probe/llava-tiny-vista.npz", None), "scripts/probe.py"),
+        (edit("llava-tiny-finetune/trainer_state.json", None), "not a trainer state"),
+        (edit("llava-tiny-finetune/trainer_state.json", lambda t: t.replace("3.0", "NaN")), "not finite"),
+        (edit("probe/llava-tiny-vista.npz", None), "scripts/probe.sh llava-tiny-vista 0"),
         (lambda run: shutil.rmtree(run / "seed0/eval/llava-tiny/digits_blind"), "digits_blind"),
         (
             lambda run: [shutil.rmtree(run / "seed0/eval" / name) for name in VARIANTS[1:]],
-            "A baseline and its",
+            "llava-tiny is evaluated alone",
         ),
         (lambda run: shutil.rmtree(run / "seed0"), "Run scripts/eval.sh first"),
     ],

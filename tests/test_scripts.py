@@ -25,15 +25,17 @@ def flags(experiment, stage):
     return dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
 
 
+@pytest.mark.parametrize("baseline", ("llava-v1.5-7b", "tinyllava-3b"))
 @pytest.mark.parametrize("stage", PAPER)
-def test_the_7b_experiments_hold_the_papers_values_and_differ_in_vista_alone(stage):
-    baseline = flags("llava-v1.5-7b", stage)
-    batch = int(baseline["per_device_train_batch_size"]) * 8 * int(baseline["gradient_accumulation_steps"])
-    assert {**PAPER[stage], "global_batch": batch} == PAPER[stage]
-    assert all(baseline[key] == str(value) for key, value in PAPER[stage].items() if key != "global_batch")
-    assert baseline["bf16"] == "True" and baseline["model_max_length"] == "2048" and baseline["vista"] == "off"
-    for experiment, metric in (("llava-v1.5-7b-vista", "l2"), ("llava-v1.5-7b-vista-cosine", "cosine")):
-        assert flags(experiment, stage) == baseline | {"vista": metric}
+def test_the_full_experiments_hold_the_papers_values_and_differ_in_vista_alone(baseline, stage):
+    values = flags(baseline, stage)
+    paper = {**PAPER[stage], "conv_version": {"pretrain": "pretrain", "finetune": "phi"}[stage]}
+    del paper["version" if baseline.startswith("tiny") else "conv_version"]
+    batch = int(values["per_device_train_batch_size"]) * 8 * int(values["gradient_accumulation_steps"])
+    assert {key: values.get(key, batch) for key in paper} == paper
+    assert values["bf16"] == "True" and values["model_max_length"] == "2048" and values["vista"] == "off"
+    for experiment, metric in ((f"{baseline}-vista", "l2"), (f"{baseline}-vista-cosine", "cosine")):
+        assert flags(experiment, stage) == values | {"vista": metric}
 
 
 @pytest.fixture
@@ -83,10 +85,10 @@ def test_fewer_gpus_keep_the_global_batch_by_accumulation(config):
 
 def test_dry_run_prints_every_resolved_command_and_does_nothing():
     before = sorted((ROOT / "results").rglob("*")) if (ROOT / "results").exists() else []
-    code, out, err = run("scripts/reproduce.sh", "--profile", "v1.5-7b", "--dry-run")
+    code, out, err = run("scripts/reproduce.sh", "--profile", "full", "--backbone", "both", "--dry-run")
     assert code == 0, err
     commands = [line for line in out.splitlines() if line.startswith("deepspeed ")]
-    assert len(commands) == 6 and sum("--vista l2" in line for line in commands) == 2
+    assert len(commands) == 12 and sum("--vista l2" in line for line in commands) == 4
     assert "disk" in out
     after = sorted((ROOT / "results").rglob("*")) if (ROOT / "results").exists() else []
     assert before == after
@@ -95,14 +97,17 @@ def test_dry_run_prints_every_resolved_command_and_does_nothing():
 @pytest.mark.parametrize(
     "command,message",
     [
-        (["scripts/reproduce.sh", "--profile", "large"], "choose tiny or v1.5-7b"),
+        (["scripts/reproduce.sh", "--profile", "large"], "choose tiny or full"),
         (["scripts/reproduce.sh", "--seeds", "0"], "give a number from 1 on"),
         (["scripts/reproduce.sh", "--sedes", "1"], "unknown option --sedes"),
         (["scripts/train.sh", "llava-tiny-vist", "pretrain"], "did you mean 'llava-tiny-vista'"),
         (["scripts/train.sh", "llava-tiny", "finetune", "987"], "run the pretrain stage first"),
         (["scripts/data.sh", "llava-v1.5-7b"], "blip_laion_cc_sbu_558k.json"),
-        (["scripts/doctor.sh", "v1.5-7b"], "needs a GPU"),
-        (["scripts/eval.sh", "results/none", "results/none/eval", "digits"], "train this experiment first"),
+        (["scripts/doctor.sh", "full"], "needs a GPU"),
+        (["scripts/reproduce.sh", "--backbone", "LLaVA"], "choose llava, tinyllava or both"),
+        (["scripts/upstream.sh", "LLaVA"], "choose llava, tinyllava"),
+        (["scripts/env.sh", "gpu"], "choose cpu, cpu-tinyllava"),
+        (["scripts/eval.sh", "llava-tiny", "987"], "train this experiment first"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_place(command, message):
