@@ -86,8 +86,31 @@ runpy.run_path("scripts/train.py", run_name="__main__")
 """
 
 
+def run_stock(module, flags, tree, driver=("scripts/train.py",), launcher=(), python=sys.executable, **environment):
+    """Runs a stock train.py, --output_dir in `flags`; returns the trainer's log, one dict per step."""
+    command = [*(launcher or [python]), *driver, "--train_module", module]
+    for name, value in flags.items():
+        command += [f"--{name}", str(value)]
+    environment |= {
+        "PYTHONPATH": f"{tree}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
+    }  # fmt: skip
+    # The exact pins' deepspeed wants Intel's extension of torch for DS_ACCELERATOR=cpu.
+    inherited = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR" or python == sys.executable}
+    if launcher:
+        environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
+    # With two ranks on a CPU, deepspeed 0.14.5 sometimes starts from garbage (a NaN loss) or dies at its end.
+    for _ in range(3 if launcher else 1):
+        done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
+        if done.returncode == 0:
+            break
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    state = json.loads((Path(flags["output_dir"]) / "trainer_state.json").read_text())
+    return [row for row in state["log_history"] if "loss" in row]
+
+
 def train(workshop, out, stage, tree=UPSTREAM, launcher=(), python=sys.executable, **changes):
-    """Runs one stage; returns the trainer's log, one dict per step."""
+    """One stage of LLaVA."""
     flags = FLAGS | STAGES[stage] | {"output_dir": out, "data_path": workshop / f"{stage}.json"} | changes
     flags |= {
         "model_name_or_path": workshop / "llama",
@@ -95,23 +118,7 @@ def train(workshop, out, stage, tree=UPSTREAM, launcher=(), python=sys.executabl
         "image_folder": workshop / "images",
     }
     driver = ["scripts/train.py"] if launcher else ["-c", DRIVER]
-    command = [*(launcher or [python]), *driver, "--train_module", "llava.train.train"]
-    for name, value in flags.items():
-        command += [f"--{name}", str(value)]
-    environment = os.environ | {
-        "PYTHONPATH": f"{tree}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    if python != sys.executable:
-        del environment["DS_ACCELERATOR"]  # that old, deepspeed's "cpu" wants Intel's extension of torch
-    if launcher:
-        environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
-    for _ in range(3 if launcher else 1):  # deepspeed on a CPU: scripts/train.sh says why
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode == 0:
-            break
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return [row for row in json.loads((out / "trainer_state.json").read_text())["log_history"] if "loss" in row]
+    return run_stock("llava.train.train", flags, tree, driver, launcher, python)
 
 
 def weights(out):

@@ -1,0 +1,163 @@
+"""Stock TinyLLaVA, unpatched and patched, really training in its own environment: 16 steps on small random models."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_training import run_stock, workshop  # noqa: F401 (a fixture)
+
+pytestmark = [pytest.mark.pins, pytest.mark.upstream]
+STEPS = 16
+FLAGS = {
+    "connector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "attn_implementation": "eager",
+    "training_recipe": "common", "tune_type_vision_tower": "frozen", "tune_type_connector": "full",
+    "tokenizer_use_fast": False, "model_max_length": 160, "max_steps": STEPS, "weight_decay": 0.0,
+    "warmup_ratio": 0.03, "lr_scheduler_type": "cosine", "lazy_preprocess": True, "logging_steps": 1,
+    "save_strategy": "no", "report_to": "none", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    "seed": 0, "bf16": False, "use_cpu": True, "save_safetensors": False,
+}  # fmt: skip
+STAGES = {
+    "pretrain": {"conv_version": "pretrain", "tune_type_llm": "frozen", "learning_rate": 1e-3},
+    "finetune": {
+        "conv_version": "phi", "tune_type_llm": "full", "group_by_modality_length": True, "learning_rate": 2e-4,
+    },
+}  # fmt: skip
+# Its train.py needs a process group; on a CPU, a group of one.
+RANK = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29541"}
+
+
+def script(*command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def environment(name):
+    made = script("scripts/env.sh", name)
+    if "No interpreter found for Python 3.10" in made.stderr:
+        pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
+    assert made.returncode == 0, made.stderr
+    return str(ROOT / f".venv-{name}/bin/python")
+
+
+@pytest.fixture(scope="module")
+def tree():
+    got = script("scripts/upstream.sh", "tinyllava")
+    if got.returncode == 3:
+        pytest.skip(got.stderr.strip())
+    assert got.returncode == 0 and script("scripts/patch.sh", "tinyllava").returncode == 0, got.stderr
+    return ROOT / "upstream/tinyllava"
+
+
+@pytest.fixture(scope="module")
+def stock_tree(tree, tmp_path_factory):
+    stock = tmp_path_factory.mktemp("stock") / "tinyllava"
+    shutil.copytree(tree, stock, ignore=shutil.ignore_patterns(".git"))
+    subprocess.run([sys.executable, "-m", "vista_patch", "revert", stock], check=True, cwd=ROOT)
+    return stock
+
+
+@pytest.fixture(scope="module")
+def parts(workshop):  # noqa: F811
+    """The folder of test_training's data, with a random small Phi and SigLIP."""
+    import torch
+
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import tiny_models
+
+    torch.manual_seed(0)
+    for name, new in (("siglip", tiny_models.siglip), ("phi", tiny_models.phi)):
+        (workshop / name).mkdir()
+        lines = ((workshop / "text.txt").read_text().splitlines(), workshop / name) if name == "phi" else ()
+        for part in new(*lines):
+            part.save_pretrained(workshop / name)
+    return workshop
+
+
+@pytest.fixture(scope="module")
+def train(parts, tree):
+    def run(out, stage, tree=tree, environment_name="cpu-tinyllava", **changes):
+        flags = FLAGS | STAGES[stage] | {"output_dir": out, "data_path": parts / f"{stage}.json"}
+        flags |= {"model_name_or_path": parts / "phi", "vision_tower": parts / "siglip"}
+        flags |= {"image_folder": parts / "images"} | changes
+        return run_stock("tinyllava.train.train", flags, tree, python=environment(environment_name), **RANK)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pretrained(train, tmp_path_factory):
+    """Stage 1 with the l2 term: where it is, and its log."""
+    out = tmp_path_factory.mktemp("runs") / "tinyllava-pretrain"
+    return out, train(out, "pretrain", vista="l2")
+
+
+@pytest.fixture(scope="module")
+def finetuned(train, pretrained, tmp_path_factory):
+    """finetuned(metric): stage 2 on it, once for each metric."""
+    done = {}
+
+    def run(metric):
+        if metric not in done:
+            out = tmp_path_factory.mktemp("runs") / f"tinyllava-{metric}-finetune"
+            done[metric] = out, train(out, "finetune", vista=metric, pretrained_model_path=pretrained[0])
+        return done[metric]
+
+    return run
+
+
+@pytest.mark.parametrize("vista", ("off", "weight_0"))
+def test_without_vista_training_is_bitwise_stock(train, stock_tree, pretrained, finetuned, tmp_path, vista):
+    stock = tmp_path / "stock-finetune"
+    logs = [train(stock, "finetune", tree=stock_tree, pretrained_model_path=pretrained[0])]
+    if vista == "off":
+        patched, log = finetuned("off")
+    else:
+        patched = tmp_path / "patched-finetune"
+        log = train(patched, "finetune", vista="l2", vista_weight=0.0, pretrained_model_path=pretrained[0])
+    assert len(log) == STEPS and logs[0] == log
+    assert (stock / "pytorch_model.bin").read_bytes() == (patched / "pytorch_model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("metric", ("l2", "cosine"))
+def test_the_log_adds_up_and_the_checkpoint_says_how(finetuned, pretrained, metric):
+    out, log = finetuned(metric)
+    for row in [*log, *pretrained[1]]:
+        assert row["loss"] == pytest.approx(row["loss_ce"] + row["loss_vista"], abs=2e-4)  # loss: 4 digits
+    assert {row["vista_share"] for row in pretrained[1]} == {1.0}
+    assert {row["vista_share"] for row in log} == {0.5, 1.0}  # grouped by modality: one of two micro-batches is text
+    assert json.loads((out / "config.json").read_text())["vista"]["metric"] == metric
+
+
+def test_unpatched_stock_loads_and_runs_the_checkpoint(finetuned, stock_tree):
+    out, _ = finetuned("l2")
+    code = f"""
+import sys, torch
+from tinyllava.model import load_pretrained_model
+model, *_ = load_pretrained_model({str(out)!r}, device_map="cpu")
+ids = torch.tensor([[1, -200, 5]])
+loss = model(ids, images=torch.zeros(1, 3, 64, 64), labels=torch.tensor([[1, -100, 5]])).loss
+print("vista_patch" in sys.modules, model.config.vista["metric"], loss.item())
+"""
+    variables = os.environ | {"PYTHONPATH": str(stock_tree)}
+    command = [environment("cpu-tinyllava"), "-c", code]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=out)
+    assert done.stdout.split()[-3:-1] == ["False", "l2"], done.stderr[-2000:]
+    assert np.isfinite(float(done.stdout.split()[-1])) and "newly initialized" not in done.stderr
+
+
+def test_the_exact_upstream_pins_give_the_same_losses(train, pretrained, finetuned, tmp_path):
+    """torch 2.1.2 and TinyLLaVA's own versions, against the CPU environment, both stages in fp32."""
+    stage_1, stage_2 = tmp_path / "tinyllava-pretrain", tmp_path / "tinyllava-finetune"
+    logs = [train(stage_1, "pretrain", environment_name="tinyllava", vista="l2")]
+    changes = {"vista": "l2", "pretrained_model_path": stage_1}
+    logs.append(train(stage_2, "finetune", environment_name="tinyllava", **changes))
+    for pinned, ours in zip(logs, (pretrained[1], finetuned("l2")[1]), strict=True):
+        for key in ("loss_ce", "loss_vista", "vista_cosine"):
+            values = [[row[key] for row in rows] for rows in (pinned, ours)]
+            # The two torches sum in other orders: 1e-7 a step, grown by the steps of training.
+            np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-4, err_msg=key)
