@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -512,13 +513,11 @@ def assert_right(root: Path) -> None:
     assert all(seen.values()), seen
 
 
-@pytest.mark.parametrize("mutate", RIGHT.values(), ids=RIGHT)
-def test_right_on(stock, mutate):
-    mutate(stock)
-    before = files(stock)
-    assert main(["apply", str(stock)]) == 0
-    assert_right(stock)
-    for name, data in files(stock).items():
+def assert_applies_and_reverts(root):
+    before = files(root)
+    assert main(["apply", str(root)]) == 0
+    assert_right(root)
+    for name, data in files(root).items():
         left = list(before[name].splitlines(keepends=True))
         added = []
         for line in data.splitlines(keepends=True):
@@ -527,9 +526,62 @@ def test_right_on(stock, mutate):
         assert not left and all(b"vista_patch" in line for line in added), "lines were added, none changed"
         endings = {re.search(rb"[\r\n]*\Z", line).group() for line in before[name].splitlines(keepends=True)}
         assert {re.search(rb"[\r\n]*\Z", line).group() for line in added} <= endings
-    assert main(["check", str(stock)]) == 0
-    assert main(["revert", str(stock)]) == 0
-    assert files(stock) == before
+    assert main(["check", str(root)]) == 0
+    assert main(["revert", str(root)]) == 0
+    assert files(root) == before
+
+
+@pytest.mark.parametrize("mutate", RIGHT.values(), ids=RIGHT)
+def test_right_on(stock, mutate):
+    mutate(stock)
+    assert_applies_and_reverts(stock)
+
+
+def draw(root, random, refused):
+    """Applies two to five random mutations that fit together, and one that must be refused at a random place."""
+    names = random.sample([name for name in RIGHT if not (refused and ("copy" in name or "package" in name))], 9)
+    wanted, done = random.randint(2, 5), []
+    if refused:
+        names.insert(random.randint(0, wanted), random.choice(list(REFUSED)))
+    for name in names:
+        before = files(root)
+        try:
+            (RIGHT | REFUSED)[name](root)
+            done.append(name)
+        except (AssertionError, AttributeError, UnicodeDecodeError):  # does not fit what came before
+            for path, data in before.items():
+                (root / path).write_bytes(data)
+        if len(done) > wanted:
+            break
+    return done
+
+
+def test_random_mutations_together_are_right_or_refused(stock, tmp_path_factory):
+    """What cannot be read (line endings of line endings, a coding against a byte order mark) is refused."""
+    accepted = 0
+    for seed in range(60):
+        root = shutil.copytree(stock, tmp_path_factory.mktemp("fuzz") / "LLaVA")
+        print(seed, draw(root, random.Random(seed), refused=False))
+        before = files(root)
+        if main(["apply", "--dry-run", str(root)]) == 0:
+            assert_applies_and_reverts(root)
+            accepted += 1
+        else:
+            assert main(["apply", str(root)]) == 2 and files(root) == before
+    assert accepted >= 50
+
+
+def test_one_mutation_too_many_is_refused(stock, tmp_path_factory):
+    tried = 0
+    for seed in range(60):
+        root = shutil.copytree(stock, tmp_path_factory.mktemp("fuzz") / "LLaVA")
+        done = draw(root, random.Random(seed), refused=True)
+        print(seed, done)
+        if set(done) & set(REFUSED):
+            before = files(root)
+            assert main(["apply", str(root)]) == 2 and files(root) == before
+            tried += 1
+    assert tried >= 40
 
 
 @pytest.mark.parametrize("mutate", REFUSED.values(), ids=REFUSED)
