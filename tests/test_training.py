@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -219,6 +221,23 @@ def test_two_runs_are_equal(workshop, runs, tmp_path):
     folder, logs = runs("l2")
     again = train(workshop, tmp_path / "pretrain", "pretrain", vista="l2")
     assert again == logs["pretrain"] and weights(tmp_path / "pretrain") == weights(folder / "pretrain")
+
+
+def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs, tmp_path):
+    folder, logs = runs("l2")
+    out = tmp_path / "llava"
+    flags = {"vista": "l2", "pretrain_mm_mlp_adapter": folder / "pretrain/mm_projector.bin"}
+    flags |= {"save_strategy": "steps", "save_steps": 12}
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(train, workshop, out, "finetune", **flags)
+        while not (out / "checkpoint-12").exists() and not first.done():
+            time.sleep(0.05)
+        subprocess.run(["pkill", "-9", "-f", f"output_dir {out}"], check=True)
+        with pytest.raises(AssertionError):
+            first.result()
+    assert not (out / "config.json").exists()
+    assert train(workshop, out, "finetune", **flags) == logs["finetune"]
+    assert weights(out) == weights(folder / "llava")
 
 
 @pytest.mark.parametrize("stage,zero", (("pretrain", "zero2"), ("finetune", "zero3")))
