@@ -1,5 +1,5 @@
 # The two commands of the README, and what keeps them honest.
-.PHONY: reproduce setup test test-pins lint lock
+.PHONY: reproduce setup test test-pins test-docker lint lock
 
 reproduce:                ## set up everything and run the miniature (about 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
@@ -13,14 +13,19 @@ setup:
 test: setup               ## set up everything and run the tests
 	.venv/bin/python -m pytest
 
-test-pins: setup          ## the same training on LLaVA's exact pins (installs 5 GB more)
+test-pins: setup          ## what needs other environments (installs 15 GB more)
 	.venv/bin/python -m pytest -m pins
+
+test-docker: setup        ## the image's cpu target, built and run (as root, on Debian)
+	.venv/bin/python -m pytest -m docker
 
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/shellcheck scripts/*.sh ci/*.sh .ci/run
+	.venv/bin/shellcheck scripts/*.sh docker/*.sh ci/*.sh .ci/run
 
 lock:                     ## docker/locks/*.in -> *.txt
-	.uv/bin/uv pip compile docker/locks/cpu.in --python-version 3.11 --generate-hashes --no-header -o docker/locks/cpu.txt
-	.uv/bin/uv pip compile docker/locks/cpu-tinyllava.in --python-version 3.10 --generate-hashes --no-header -o docker/locks/cpu-tinyllava.txt
+	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10; do \
+	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
+	        -o docker/locks/$${name%:*}.txt; \
+	done

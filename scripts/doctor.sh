@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Tells what this machine lacks for a profile, before anything is installed or trained.
 #
-#   scripts/doctor.sh tiny|full
+#   scripts/doctor.sh tiny|full [BACKBONE]...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-profile=${1:?usage: scripts/doctor.sh PROFILE}
+profile=${1:?usage: scripts/doctor.sh tiny|full [BACKBONE]...}
+shift
 problems=0
 problem() { echo "doctor: $*" >&2 && problems=1; }
 
@@ -19,8 +20,11 @@ if [[ $profile == tiny ]]; then
     need_disk=4 need_memory=6
 else
     need_disk=400 need_memory=128
-    python3 -c 'import deepspeed, flash_attn, lmms_eval, torch; assert torch.cuda.is_available()' 2>/dev/null ||
-        problem "profile $profile needs a GPU and an environment with LLaVA's pins, flash-attn, deepspeed and lmms-eval: activate it first (only tiny runs on a CPU)"
+    nvidia-smi &>/dev/null || problem "profile full needs a GPU (tiny runs on a CPU)"
+    for backbone in "${@:-llava}"; do
+        ".venv-$backbone/bin/python" -c 'import flash_attn, lmms_eval' 2>/dev/null ||
+            problem "profile full needs .venv-$backbone with flash-attn: run in the image, or scripts/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"
+    done
 fi
 ((disk_gb >= need_disk)) || problem "$disk_gb GB of disk are free here, profile $profile needs $need_disk GB"
 ((memory_gb >= need_memory)) || problem "$memory_gb GB of memory are available, profile $profile needs $need_memory GB"

@@ -14,8 +14,8 @@ cd "$(dirname "$0")/.."
 
 name=${1:-cpu}
 case $name in
-    cpu) venv=.venv python=3.11 imports="vista_patch, lmms_eval, easy_vqa, sklearn" ;;
-    cpu-tinyllava) venv=.venv-cpu-tinyllava python=3.10 imports="vista_patch, lmms_eval, einops_exts" ;;
+    cpu) venv=.venv python=3.11 imports="lmms_eval, easy_vqa, sklearn" ;;
+    cpu-tinyllava) venv=.venv-cpu-tinyllava python=3.10 imports="lmms_eval, einops_exts" ;;
     llava | tinyllava) venv=.venv-$name python=3.10 imports="torchvision" ;;
     *) echo "env: no environment '$name': choose cpu, cpu-tinyllava, llava or tinyllava" >&2 && exit 2 ;;
 esac
@@ -50,8 +50,8 @@ echo "env: installing $(grep -c == "$lock") packages into $venv"
 rm -f "$venv/lock.sha256"
 [[ -x $venv/bin/python ]] || .uv/bin/uv venv --quiet --python "$python" "$venv"
 .uv/bin/uv pip sync --quiet --compile-bytecode --python "$venv/bin/python" --require-hashes "${torch_source[@]}" "$lock"
-[[ $name != cpu* ]] ||
-    .uv/bin/uv pip install --quiet --python "$venv/bin/python" --no-deps --no-build-isolation --editable .
+# vista_patch comes from this folder.
+echo "$PWD" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vista_patch.pth"
 echo "env: checking imports"
 # A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch.
 env -u DS_ACCELERATOR "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, $imports" >/dev/null

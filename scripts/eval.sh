@@ -20,7 +20,7 @@ fail() { echo "eval: $*" >&2 && exit 1; }
 [[ -f $checkpoint/done ]] || fail "$checkpoint is not done: train this experiment first"
 [[ $checkpoint$out != *[=,]* ]] || fail "lmms-eval takes no '=' and no ',' in a path: $checkpoint $out"
 [[ -d upstream/$backbone ]] || fail "upstream/$backbone is missing: run scripts/upstream.sh $backbone"
-[[ ! $environment ]] || PATH=$PWD/$environment/bin:$PATH
+PATH=$PWD/$environment/bin:$PATH
 
 # lmms-eval exits 0 even when a run fails, so its files decide: every metric is a number, every sample is logged.
 whole() { # FOLDER TASK

@@ -19,7 +19,7 @@ def sha256(path: Path) -> str:
 
 
 def git(*args: str) -> str | None:
-    """None outside a checkout (a container, a source archive)."""
+    """None outside a checkout (a source archive; the image has KIT_COMMIT instead)."""
     found = subprocess.run(["git", *args], capture_output=True, text=True)
     return found.stdout.strip() if found.returncode == 0 else None
 
@@ -51,16 +51,17 @@ args = parser.parse_args()
 configs = {name: config.load(name) for name in args.experiments}
 first = configs[args.experiments[0]]
 run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
-python = f"{environment}/bin/python" if environment else "python3"
 data = run / "data" / "manifest.json"
 parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
+commit = os.environ.get("KIT_COMMIT") or git("rev-parse", "HEAD")
+told = subprocess.run([f"{environment}/bin/python", "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
 manifest = {
-    "kit": {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
+    "kit": {"commit": commit, "changed": bool(git("status", "--porcelain"))},
     "upstream": Path(f"upstream/{backbone}.source").read_text().strip(),
     "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
     "environment": {
-        "lock": Path(environment, "lock.sha256").read_text().strip() if environment else None,
-        **json.loads(subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True).stdout),
+        "lock": Path(environment, "lock.sha256").read_text().strip(),
+        **json.loads(told),
     },
     "data": sha256(data) if data.is_file() else None,
     "models": {p.parent.name: sha256(p) for part in sorted(parts) for p in sorted(part.glob("model*.safetensors"))},

@@ -32,9 +32,8 @@ case $backbone-$profile in
 esac
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "reproduce: --seeds '$seeds': give a number from 1 on" >&2 && usage; }
 
-tiny() { [[ $profile == tiny ]]; } # the full profile runs in the environment that it is started in
-plan=("scripts/doctor.sh $profile")
-! tiny || plan+=("scripts/env.sh cpu")
+tiny() { [[ $profile == tiny ]]; } # the full profile's own environments are the image's
+plan=("scripts/doctor.sh $profile ${baselines[*]%%-*}" "scripts/env.sh cpu")
 for baseline in "${baselines[@]}"; do
     backbone=${baseline%%-*} experiments="$baseline $baseline-vista $baseline-vista-cosine"
     plan+=("scripts/upstream.sh $backbone" "scripts/patch.sh $backbone")

@@ -45,11 +45,13 @@ fi
     echo "finetune: $pretrained is not done: run the pretrain stage first" >&2 && exit 2
 [[ -d upstream/$backbone ]] ||
     { echo "$stage: upstream/$backbone is missing: run scripts/upstream.sh $backbone" >&2 && exit 2; }
+[[ -x $environment/bin/python3 ]] ||
+    { echo "$stage: the environment $environment is missing: make it with scripts/env.sh" >&2 && exit 2; }
 [[ $backbone-$stage == llava-finetune ]] || rm -rf "$out"
 mkdir -p "$out"
 echo "${command[*]}" >"$out/command"
 
-[[ ! $environment ]] || PATH=$PWD/$environment/bin:$PATH
+PATH=$PWD/$environment/bin:$PATH
 if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     export DS_ACCELERATOR=cpu ACCELERATE_TORCH_DEVICE=cpu LOCAL_SIZE=$ranks
     OMP_NUM_THREADS=$((($(nproc) + ranks - 1) / ranks))

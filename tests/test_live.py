@@ -1,9 +1,14 @@
 """vista_patch.patch on models in memory, and what the term refuses while it runs."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 import vista_patch
+from tests.conftest import ROOT
 from tests.test_loss import reference
 from tests.test_model import batch, stock
 from vista_patch import vista_metrics
@@ -62,6 +67,28 @@ def test_transformers_own_llava(metric, padding):
         assert torch.equal(model(**text_only).loss, before(model, **text_only).loss)
     assert type(model).forward is before and not hasattr(model.config, "vista")
     assert torch.equal(model(**inputs).loss, untouched.loss)
+
+
+@pytest.mark.pins
+@pytest.mark.parametrize("version", ("4.40.1", "4.46.3", "5.23.0"))
+def test_transformers_own_llava_in_other_releases(tmp_path, version):
+    """TinyLLaVA's pin, the first kind with a placeholder per image token, and the current one."""
+    install = [ROOT / ".uv/bin/uv", "pip", "install", "--quiet", "--python", sys.executable, "--target", tmp_path]
+    subprocess.run([*install, f"transformers=={version}", "pillow"], check=True)
+    variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "own_llava and not other",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    assert "4 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_patch_finds_the_llava_in_a_wrapper_and_undoes_itself(plain):

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from tests.conftest import ROOT, UPSTREAM
@@ -232,7 +233,9 @@ def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs,
         first = pool.submit(train, workshop, out, "finetune", **flags)
         while not (out / "checkpoint-12").exists() and not first.done():
             time.sleep(0.05)
-        subprocess.run(["pkill", "-9", "-f", f"output_dir {out}"], check=True)
+        for process in psutil.process_iter(["cmdline"]):
+            if str(out) in (process.info["cmdline"] or ()):
+                process.kill()
         with pytest.raises(AssertionError):
             first.result()
     assert not (out / "config.json").exists()

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# What a container does: the scripts by their names, with their own arguments.
+set -euo pipefail
+cd /opt/vista
+
+command=${1:-reproduce}
+shift || true
+case $command in
+    reproduce | train | eval | probe | data | doctor) exec "scripts/$command.sh" "$@" ;;
+    report) exec .venv/bin/python scripts/report.py "$@" ;;
+    smoke) exec ci/smoke.sh "$@" ;;
+    verify) exec .venv/bin/python docker/verify.py ;;
+    shell) exec bash "$@" ;;
+    *) echo "vista: no command '$command': choose reproduce, train, eval, probe, data, doctor, report, smoke, verify or shell" >&2 && exit 2 ;;
+esac
