@@ -105,7 +105,7 @@ def load_log(folder):
     try:
         rows = [row for row in json.loads(path.read_text())["log_history"] if "loss" in row]
         ce = [[row["step"], float(row.get("loss_ce", row["loss"]))] for row in rows]
-        vista = [[row["step"], float(row["loss_vista"])] for row in rows if "loss_vista" in row]
+        vista = [[row["step"], float(row["loss_vista"])] for row in rows if row.get("vista_share")]  # not text alone
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(path, f"not a trainer state ({type(error).__name__}: {error})", again)
     if not rows or not np.isfinite(ce + vista).all():

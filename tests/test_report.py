@@ -50,7 +50,7 @@ def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
                 write_task(base / "eval" / name / f"{task}_blind", rng.random(N) < blind_accuracy)
         log = [{"step": s, "loss": 3 / s} for s in range(1, 41)]
         for row in log if "vista" in name else []:
-            row.update(loss_ce=2 / row["step"], loss_vista=1 / row["step"])
+            row.update(loss_ce=2 / row["step"], loss_vista=1 / row["step"], vista_share=row["step"] % 10 and 1.0)
         log.append({"step": 40, "train_runtime": 1.0, "train_loss": 0.5})
         for folder in (f"{name}-pretrain", f"{name}-finetune"):
             (base / folder).mkdir()
@@ -153,6 +153,8 @@ def test_scores_and_verdicts(run):
     means = {name: [r["table"][name][t]["score"] for t in ("digits", "easyvqa")] for name in VARIANTS}
     for name, d in r["delta"].items():
         assert d["value"] == pytest.approx(report.delta(means[name], means[VARIANTS[0]]))
+    log = report.load_log(run / "seed0/llava-tiny-vista-finetune")
+    assert len(log["ce"]) == 40 and len(log["vista"]) == 36  # a step of text alone has no term
     text = (run / "report.md").read_text()
     assert "NO COMPARISON" not in text and text.count("llava-tiny sees") == 2
     assert re.search(r"llava-tiny-vista: the mean relative gain over llava-tiny is \+.*better", text)

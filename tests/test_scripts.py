@@ -1,6 +1,7 @@
 """The scripts' own duties: named configs, the plan of a run, and one clear error for what is wrong."""
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -41,7 +42,6 @@ def test_the_full_experiments_hold_the_papers_values_and_differ_in_vista_alone(b
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """write(text) makes an experiment "mine" in a copy of scripts/configs."""
-    import shutil
     import sys
 
     sys.path.insert(0, str(ROOT / "scripts"))
@@ -92,6 +92,37 @@ def test_dry_run_prints_every_resolved_command_and_does_nothing():
     assert "disk" in out
     after = sorted((ROOT / "results").rglob("*")) if (ROOT / "results").exists() else []
     assert before == after
+
+
+def test_without_tinyllavas_source_the_rest_goes_on(tmp_path):
+    """The real reproduce.sh and upstream.sh; every other step only writes down that it was called."""
+    shutil.copytree(ROOT / "patches", tmp_path / "patches")
+    (tmp_path / ".venv").symlink_to(ROOT / ".venv")
+    (tmp_path / "scripts").mkdir()
+    for name in ("doctor", "env", "patch", "data", "train", "eval", "probe"):
+        (tmp_path / f"scripts/{name}.sh").write_text('#!/bin/sh\necho "$0" "$@" >>called\n')
+    for name in ("manifest", "report"):
+        (tmp_path / f"scripts/{name}.py").touch()
+    for name in ("reproduce.sh", "upstream.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for script in (tmp_path / "scripts").glob("*.sh"):
+        script.chmod(0o755)
+    (tmp_path / "upstream").mkdir()
+    (tmp_path / "upstream/llava.source").write_text("there\n")
+    # No GitHub: every address there is a folder that does not exist.
+    nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
+    variables = os.environ | nowhere | {"GIT_CONFIG_KEY_0": "url.file:///nowhere/.insteadOf"}
+
+    def reproduce(backbone):
+        command = [tmp_path / "scripts/reproduce.sh", "--backbone", backbone]
+        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+
+    done = reproduce("both")
+    assert done.returncode == 0 and "no package index carries it" in done.stderr and "going on without" in done.stderr
+    called = (tmp_path / "called").read_text()
+    assert called.count("train.sh llava-tiny") == 6 and called.count("tinyllava") == 1  # the doctor is asked about both
+    assert not list((tmp_path / "upstream").glob("tinyllava*"))
+    assert reproduce("tinyllava").returncode == 1
 
 
 @pytest.mark.parametrize(
