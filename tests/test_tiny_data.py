@@ -188,15 +188,17 @@ def tokenizer(data, tmp_path_factory):
     import tiny_models
 
     out = tmp_path_factory.mktemp("tokenizer")
-    tokenizer = tiny_models.make_tokenizer(tiny_models.sentences(data, random.Random(0)), out)
+    texts = tiny_models.sentences(data, random.Random(0))
+    lines = sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line})
+    tokenizer, _ = tiny_models.llama(lines, out)
     tokenizer.model_max_length = 512
     return tokenizer
 
 
-def test_stock_dataset_trains_on_exactly_the_answers(data, tokenizer, capsys):
+def test_stock_dataset_trains_on_exactly_the_answers(data, tokenizer, llava, capsys):
     """Stock LazySupervisedDataset reads both files, and its v1 masks leave every answer and its </s> (no
     "tokenization mismatch", which would silently drop the row)."""
-    train = pytest.importorskip("llava.train.train", reason="needs stock LLaVA on the path")
+    from llava.train import train
     from transformers import CLIPImageProcessor
 
     args = train.DataArguments(image_folder=str(data / "images"), is_multimodal=True)
