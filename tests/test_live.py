@@ -1,5 +1,6 @@
 """vista_patch.patch on models in memory, and what the term refuses while it runs."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -36,7 +37,8 @@ def test_transformers_own_llava(metric, padding):
     text = LlamaConfig(vocab_size=64, hidden_size=d, **shape)
     config = LlavaConfig(vision_config=vision, text_config=text, vision_feature_layer=-2, image_token_index=image)
     model = LlavaForConditionalGeneration(config).train()
-    moves = hasattr(model, "_merge_input_ids_with_image_features")  # until 4.46, one placeholder is one image
+    merge = "_merge_input_ids_with_image_features"
+    moves = merge in inspect.unwrap(type(model).forward).__code__.co_names  # until 4.46, one placeholder is one image
     model.pad_token_id = 0
     # Padding on the right is left out: with it the merge, in stock, puts image features on padding.
     rows = (
@@ -59,7 +61,8 @@ def test_transformers_own_llava(metric, padding):
     with vista_patch.patch(model, metric, weight=0.5):
         torch.testing.assert_close((model(**inputs).loss - untouched.loss).double(), 0.5 * term, rtol=1e-5, atol=1e-6)
         assert vista_metrics(model)["loss_vista"] == pytest.approx(term.item(), rel=1e-5)
-        if not moves:  # the sum of CE over an optimizer step's tokens; the term goes by the same share
+        kinds = [p.kind for p in inspect.signature(before).parameters.values()]
+        if inspect.Parameter.VAR_KEYWORD in kinds:  # the sum of CE over an optimizer step's tokens: so is the term
             items = 3 * (inputs["labels"][:, 1:] != -100).sum()
             third = model(**inputs, num_items_in_batch=items).loss
             torch.testing.assert_close(third, (untouched.loss + 0.5 * term.float()) / 3, rtol=1e-5, atol=1e-6)
@@ -70,9 +73,9 @@ def test_transformers_own_llava(metric, padding):
 
 
 @pytest.mark.pins
-@pytest.mark.parametrize("version", ("4.40.1", "4.46.3", "5.23.0"))
+@pytest.mark.parametrize("version", ("4.40.1", "4.48.3", "5.23.0"))
 def test_transformers_own_llava_in_other_releases(tmp_path, version):
-    """TinyLLaVA's pin, the first kind with a placeholder per image token, and the current one."""
+    """TinyLLaVA's pin, one with a placeholder per image token, the current one. (4.46, stock, fails on text alone.)"""
     install = [ROOT / ".uv/bin/uv", "pip", "install", "--quiet", "--python", sys.executable, "--target", tmp_path]
     subprocess.run([*install, f"transformers=={version}", "pillow"], check=True)
     variables = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
