@@ -64,15 +64,6 @@ def run(args) -> int:
     image = f"vista-kit:{args.target}"
     uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
     folders = {Path(args.results).absolute(): "results", Path(args.data).absolute(): "data"}
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.getuid():
-                os.chown(folder, uid, gid)
-        except OSError as error:
-            fail(f"{folder} cannot be made: {error.strerror}")
-        if not os.access(folder, os.W_OK):
-            fail(f"user {uid} may not write to {folder}: give it to that user, or name another folder")
     cuda = args.target == "cuda"
     options = {
         "user": f"{uid}:{gid}",
@@ -94,6 +85,15 @@ def run(args) -> int:
             words += ["--mount", f"type=bind,source={folder},target=/opt/vista/{name}"]
         print(shlex.join([*words, image, *args.command]))
         return 0
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.getuid():
+                os.chown(folder, uid, gid)
+        except OSError as error:
+            fail(f"{folder} cannot be made: {error.strerror}")
+        if not os.access(folder, os.W_OK):
+            fail(f"user {uid} may not write to {folder}: give it to that user, or name another folder")
     client = engine()
     try:
         container = client.containers.create(image, args.command, **options)
