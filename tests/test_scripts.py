@@ -111,7 +111,7 @@ def test_without_tinyllavas_source_the_rest_goes_on(tmp_path):
     (tmp_path / "upstream/llava.source").write_text("there\n")
     # No GitHub: every address there is a folder that does not exist.
     nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
-    variables = os.environ | nowhere | {"GIT_CONFIG_KEY_0": "url.file:///nowhere/.insteadOf"}
+    variables = os.environ | nowhere | {"GIT_CONFIG_KEY_0": f"url.{tmp_path}/nowhere/.insteadOf"}
 
     def reproduce(backbone):
         command = [tmp_path / "scripts/reproduce.sh", "--backbone", backbone]
