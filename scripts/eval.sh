@@ -9,11 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 experiment=${1:?usage: scripts/eval.sh EXPERIMENT [SEED]}
-config() { PATH=$PWD/.venv/bin:$PATH python3 scripts/config.py "$experiment" "$@"; }
-backbone=$(config get backbone)
-environment=$(config get environment)
+# shellcheck source=scripts/experiment.sh
+. scripts/experiment.sh
 tasks=$(config get tasks)
-run=$(config get run)/seed${2:-0}
+run=$run/seed${2:-0}
 mapfile -t tasks <<<"$tasks"
 checkpoint=$run/$experiment-finetune out=$run/eval/$experiment
 fail() { echo "eval: $*" >&2 && exit 1; }

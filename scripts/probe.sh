@@ -6,10 +6,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 experiment=${1:?usage: scripts/probe.sh EXPERIMENT [SEED]}
-config() { PATH=$PWD/.venv/bin:$PATH python3 scripts/config.py "$experiment" "$@"; }
-backbone=$(config get backbone)
-environment=$(config get environment)
-run=$(config get run)
+# shellcheck source=scripts/experiment.sh
+. scripts/experiment.sh
 PATH=$PWD/$environment/bin:$PATH
 export PYTHONPATH=.:upstream/$backbone HF_HUB_OFFLINE=1
 python3 scripts/probe.py "$run/seed${2:-0}/$experiment-finetune" "$run/data/eval"

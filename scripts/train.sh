@@ -12,13 +12,12 @@ cd "$(dirname "$0")/.."
 experiment=${1:?usage: scripts/train.sh EXPERIMENT pretrain|finetune [SEED]}
 stage=${2:?usage: scripts/train.sh EXPERIMENT pretrain|finetune [SEED]}
 seed=${3:-0}
-config() { PATH=$PWD/.venv/bin:$PATH python3 scripts/config.py "$experiment" "$@"; }
+# shellcheck source=scripts/experiment.sh
+. scripts/experiment.sh
 flags=$(config "$stage")
-backbone=$(config get backbone)
-environment=$(config get environment)
 ranks=$(config get ranks)
 module=$(config get train_module)
-run=$(config get run)/seed$seed
+run=$run/seed$seed
 mapfile -t flags <<<"$flags"
 
 out=$run/$experiment-$stage # TinyLLaVA saves what its own loader can read only where "finetune" is in the name
