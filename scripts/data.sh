@@ -18,7 +18,12 @@ if [[ $experiment == *-tiny* ]]; then
     data=$(python3 scripts/config.py "$experiment" get run)/data
     mapfile -t models < <(paths --model_name_or_path --vision_tower)
     python3 scripts/tiny_data.py "$data"
-    python3 scripts/tiny_models.py "$data" "${models[@]}"
+    # Abreast, one thread each: sums over more would depend on their number.
+    export OMP_NUM_THREADS=1
+    for model in "${models[@]}"; do python3 scripts/tiny_models.py "$data" "$model" & done
+    failed=0
+    for _ in "${models[@]}"; do wait -n || failed=1; done
+    ((!failed)) || exit 1
 fi
 missing=0
 for path in $(paths --data_path --image_folder --model_name_or_path --vision_tower); do

@@ -33,39 +33,67 @@ esac
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "reproduce: --seeds '$seeds': give a number from 1 on" >&2 && usage; }
 
 tiny() { [[ $profile == tiny ]]; } # the full profile's own environments are the image's
-plan=("scripts/doctor.sh $profile ${baselines[*]%%-*}" "scripts/env.sh cpu")
+setup=("scripts/doctor.sh $profile ${baselines[*]%%-*}" "scripts/env.sh cpu") lanes=()
 for baseline in "${baselines[@]}"; do
     backbone=${baseline%%-*} experiments="$baseline $baseline-vista $baseline-vista-cosine"
-    plan+=("scripts/upstream.sh $backbone" "scripts/patch.sh $backbone")
-    [[ $baseline != tinyllava-tiny ]] || plan+=("scripts/env.sh cpu-tinyllava")
-    plan+=("scripts/data.sh $baseline" "python3 scripts/manifest.py --seeds $seeds $experiments")
+    setup+=("scripts/upstream.sh $backbone" "scripts/patch.sh $backbone")
+    [[ $baseline != tinyllava-tiny ]] || setup+=("scripts/env.sh cpu-tinyllava")
+    setup+=("scripts/data.sh $baseline" "python3 scripts/manifest.py --seeds $seeds $experiments")
     for ((seed = 0; seed < seeds; seed++)); do
         for experiment in $experiments; do
-            plan+=("scripts/train.sh $experiment pretrain $seed" "scripts/train.sh $experiment finetune $seed")
-            plan+=("scripts/eval.sh $experiment $seed")
-            ! tiny || plan+=("scripts/probe.sh $experiment $seed")
+            lane="scripts/train.sh $experiment pretrain $seed|scripts/train.sh $experiment finetune $seed"
+            lane+="|scripts/eval.sh $experiment $seed"
+            ! tiny || lane+="|scripts/probe.sh $experiment $seed"
+            lanes+=("$lane")
         done
     done
 done
-! tiny || plan+=("python3 scripts/report.py results/tiny")
 
-without=
-for i in "${!plan[@]}"; do
-    [[ ! $without || ${plan[i]} != *"$without"* ]] || continue
-    printf '\n[%d/%d, %d:%02d] %s\n' $((i + 1)) ${#plan[@]} $((SECONDS / 60)) $((SECONDS % 60)) "${plan[i]}"
-    read -ra step <<<"${plan[i]}"
-    case "${dry_run:+dry }${plan[i]}" in
-        "dry scripts/doctor.sh"*) "${step[@]}" || true ;; # tells the disk; what it lacks does not stop a dry run
-        "dry scripts/train.sh"*) DRY_RUN=1 "${step[@]}" ;;
-        "dry "*) ;;
-        "scripts/upstream.sh tinyllava") # on GitHub alone
-            "${step[@]}" || {
-                ((${#baselines[@]} > 1)) || exit 1
-                without=tinyllava
-                echo "reproduce: going on without $without" >&2
-            }
-            ;;
-        *) "${step[@]}" ;;
-    esac
+run() { # STEPS, a | between them, one after the other; SIGTERM goes on to the one that runs
+    local steps step words
+    trap 'kill $! 2>/dev/null; wait $!; exit 143' TERM
+    IFS='|' read -ra steps <<<"$1"
+    for step in "${steps[@]}"; do
+        printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$step"
+        read -ra words <<<"$step"
+        case "${dry_run:+dry }$step" in
+            "dry scripts/doctor.sh"*) "${words[@]}" || true ;; # tells the disk; what it lacks does not stop a dry run
+            "dry scripts/train.sh"*) DRY_RUN=1 "${words[@]}" ;;
+            "dry "*) ;;
+            *) "${words[@]}" & wait $! || exit ;;
+        esac
+    done
+}
+
+if [[ ! $dry_run ]]; then
+    mkdir -p results
+    exec 9>results/.lock
+    flock -n 9 || { echo "reproduce: another run is at work in results/: wait for it, or stop it" >&2 && exit 2; }
+fi
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
+without=none
+for step in "${setup[@]}"; do
+    [[ $step != *"$without"* ]] || continue
+    run "$step" & wait $! || {
+        # TinyLLaVA is on GitHub alone.
+        [[ $step == "scripts/upstream.sh tinyllava" ]] && ((${#baselines[@]} > 1)) || exit 1
+        without=tinyllava
+        echo "reproduce: going on without $without" >&2
+    }
 done
-tiny || echo "reproduce: the results of each task lie in results/full/seed*/eval (the report reads the miniature's tasks only)"
+# On a CPU a training takes one core, whatever their number: then its bits do not depend on it, and lanes run abreast.
+at_once=1 failed=0
+! tiny || [[ $dry_run ]] || at_once=$(nproc)
+for lane in "${lanes[@]}"; do
+    [[ $lane != *"$without"* ]] || continue
+    (($(jobs -rp | wc -l) < at_once)) || wait -n || failed=1
+    ((!failed)) || break
+    run "$lane" &
+done
+while (($(jobs -p | wc -l))); do wait -n || failed=1; done
+((!failed)) || { echo "reproduce: a step failed, see above; the same command continues" >&2 && exit 1; }
+if tiny; then
+    run "python3 scripts/report.py results/tiny" & wait $!
+else
+    echo "reproduce: the results of each task lie in results/full/seed*/eval (the report reads the miniature's tasks only)"
+fi

@@ -52,13 +52,14 @@ echo "${command[*]}" >"$out/command"
 
 PATH=$PWD/$environment/bin:$PATH
 if ! python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    export DS_ACCELERATOR=cpu ACCELERATE_TORCH_DEVICE=cpu LOCAL_SIZE=$ranks
-    OMP_NUM_THREADS=$((($(nproc) + ranks - 1) / ranks))
-    export OMP_NUM_THREADS
+    # One thread a rank: sums over more would depend on their number.
+    export DS_ACCELERATOR=cpu ACCELERATE_TORCH_DEVICE=cpu LOCAL_SIZE=$ranks OMP_NUM_THREADS=1
 fi
 export PYTHONPATH=upstream/$backbone HF_HUB_OFFLINE=1
 
-"${command[@]}" >>"$out/train.log" 2>&1 &
+# A free port: other trainings may run beside this one.
+port=$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
+deepspeed --master_port "$port" "${command[@]:1}" >>"$out/train.log" 2>&1 &
 pid=$!
 trap 'kill $pid 2>/dev/null; wait $pid; exit 130' INT TERM
 while kill -0 $pid 2>/dev/null; do

@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -94,13 +95,17 @@ def test_dry_run_prints_every_resolved_command_and_does_nothing():
     assert before == after
 
 
-def test_without_tinyllavas_source_the_rest_goes_on(tmp_path):
-    """The real reproduce.sh and upstream.sh; every other step only writes down that it was called."""
+@pytest.fixture
+def reproduce(tmp_path):
+    """reproduce(*options, **environment): the real reproduce.sh and upstream.sh, without GitHub; every other step only
+    writes down that it was called, and train.sh fails on $FAIL and takes a minute on $SLOW."""
     shutil.copytree(ROOT / "patches", tmp_path / "patches")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     (tmp_path / "scripts").mkdir()
     for name in ("doctor", "env", "patch", "data", "train", "eval", "probe"):
         (tmp_path / f"scripts/{name}.sh").write_text('#!/bin/sh\necho "$0" "$@" >>called\n')
+    with open(tmp_path / "scripts/train.sh", "a") as script:
+        script.write('[ "$1" != "$FAIL" ] || exit 1\n[ "$1" != "$SLOW" ] || exec sleep 60\n')
     for name in ("manifest", "report"):
         (tmp_path / f"scripts/{name}.py").touch()
     for name in ("reproduce.sh", "upstream.sh"):
@@ -111,18 +116,44 @@ def test_without_tinyllavas_source_the_rest_goes_on(tmp_path):
     (tmp_path / "upstream/llava.source").write_text("there\n")
     # No GitHub: every address there is a folder that does not exist.
     nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
-    variables = os.environ | nowhere | {"GIT_CONFIG_KEY_0": f"url.{tmp_path}/nowhere/.insteadOf"}
+    nowhere["GIT_CONFIG_KEY_0"] = f"url.{tmp_path}/nowhere/.insteadOf"
 
-    def reproduce(backbone):
-        command = [tmp_path / "scripts/reproduce.sh", "--backbone", backbone]
-        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    def start(*options, **environment):
+        command, variables = [tmp_path / "scripts/reproduce.sh", *options], os.environ | nowhere | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, cwd=tmp_path, env=variables, text=True, **pipes)
 
-    done = reproduce("both")
-    assert done.returncode == 0 and "no package index carries it" in done.stderr and "going on without" in done.stderr
+    return start
+
+
+def test_without_tinyllavas_source_the_rest_goes_on(reproduce, tmp_path):
+    running = reproduce("--backbone", "both")
+    _, err = running.communicate()
+    assert running.returncode == 0 and "no package index carries it" in err and "going on without" in err
     called = (tmp_path / "called").read_text()
     assert called.count("train.sh llava-tiny") == 6 and called.count("tinyllava") == 1  # the doctor is asked about both
     assert not list((tmp_path / "upstream").glob("tinyllava*"))
-    assert reproduce("tinyllava").returncode == 1
+    assert reproduce("--backbone", "tinyllava").wait() == 1
+
+
+def test_a_failed_step_stops_the_run(reproduce, tmp_path):
+    running = reproduce(FAIL="llava-tiny-vista")
+    out, err = running.communicate()
+    assert running.returncode == 1 and "the same command continues" in err and "report.py" not in out
+    called = (tmp_path / "called").read_text()
+    assert "probe.sh llava-tiny 0" in called and "llava-tiny-vista finetune" not in called
+
+
+def test_a_second_run_is_refused_and_sigterm_stops_the_first(reproduce, tmp_path):
+    first = reproduce(SLOW="llava-tiny-vista")
+    called = tmp_path / "called"
+    while not called.exists() or "train.sh llava-tiny-vista " not in called.read_text():
+        time.sleep(0.05)
+    second = reproduce()
+    assert "another run is at work" in second.communicate()[1] and second.returncode == 2
+    first.terminate()
+    assert first.wait(timeout=10) == 143
+    assert reproduce().wait() == 0  # nothing of the first is left that holds the lock
 
 
 @pytest.mark.parametrize(
