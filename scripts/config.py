@@ -4,10 +4,12 @@ python scripts/config.py NAME get KEY           a top-level key, one value per l
 python scripts/config.py NAME pretrain|finetune the stage's flags, one word per line
 
 A config changes keys of its `base` and adds none. A wrong name, key or type is one error that names the nearest
-right one, and exit code 2.
+right one, and exit code 2. What a machine may differ in, the environment can say instead of the config: RANKS (GPUs in
+all), PER_DEVICE (per_device_train_batch_size) and REPORT_TO; the global batch stays.
 """
 
 import difflib
+import os
 import sys
 from pathlib import Path
 
@@ -24,7 +26,25 @@ class ConfigError(Exception):
 
 
 def load(name: str) -> dict:
-    """The named config over its bases. Raises ConfigError."""
+    """The named config over its bases, and RANKS, PER_DEVICE and REPORT_TO over that. Raises ConfigError."""
+    config = _read(name)
+    tables = {
+        "RANKS": ("ranks", [config]),
+        "PER_DEVICE": ("per_device_train_batch_size", [config["pretrain"], config["finetune"]]),
+        "REPORT_TO": ("report_to", [config["train"]]),
+    }
+    for variable, (key, where) in tables.items():
+        if value := os.environ.get(variable):
+            if isinstance(where[0][key], int):
+                if not value.isdecimal() or int(value) < 1:
+                    raise ConfigError(f"{variable}={value}: give a whole number from 1 on")
+                value = int(value)
+            for table in where:
+                table[key] = value
+    return config
+
+
+def _read(name: str) -> dict:
     path = CONFIGS / f"{name}.toml"
     if not path.is_file():
         raise ConfigError(f"no experiment {name!r}: {_nearest(name, [p.stem for p in CONFIGS.glob('*.toml')])}")
@@ -33,7 +53,7 @@ def load(name: str) -> dict:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}") from None
     base = config.pop("base", None)
-    return _override(load(base), config, f"{path}: ") if base else config
+    return _override(_read(base), config, f"{path}: ") if base else config
 
 
 def _override(base: dict, changes: dict, where: str) -> dict:
@@ -64,7 +84,7 @@ def flags(config: dict, stage: str) -> list[str]:
     if rest or not accumulate:
         raise ConfigError(
             f"[{stage}] global_batch {global_batch} is not a multiple of per_device_train_batch_size {per_device} "
-            f"x ranks {config['ranks']}: change one of the three"
+            f"x ranks {config['ranks']}: change one of the three (PER_DEVICE and RANKS set the last two)"
         )
     values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}
     words = []

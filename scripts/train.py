@@ -1,24 +1,154 @@
-"""Runs an upstream's stock train.py in this process, with the four things that no flag of it can do.
+"""Runs an upstream's stock train.py in this process, with what no flag of it can do.
 
 1. Its projector is initialised before the trainer seeds anything: `--seed` is set here, so that two runs are equal.
 2. Without CUDA, accelerate would still ask for NCCL under DeepSpeed: gloo is set up first, and found by it.
 3. Without CUDA, `torch.cuda.synchronize()` at the final save must do nothing.
 4. Newer torch loads nothing but weights by default: the classes in a checkpoint to continue from are named.
+5. Every stage continues from its newest whole checkpoint. LLaVA's stage 1 writes nothing but the projector at its
+   checkpoints: transformers' own checkpoint is written instead. TinyLLaVA's train.py never asks to continue.
+6. OUTPUT_DIR/stop (train.sh makes it on SIGTERM) ends the training after a checkpoint, with exit code 143.
+7. A step whose loss is not finite leaves its rows in OUTPUT_DIR/nonfinite.json, as training data to replay.
+8. The log gains tokens_per_second (positions that the decoder ran: text, image and padding, over all ranks) and
+   gpu_hours (of the steps so far and this process's start; what a killed run did after its checkpoint is not in it).
 
 `--train_module` is the script as a module, such as llava.train.train_mem; all else goes to stock.
 """
 
 import argparse
+import importlib
+import json
 import os
 import runpy
 import sys
+import time
+from pathlib import Path
+from zipfile import BadZipFile, ZipFile
 
 import deepspeed
 import numpy as np
 import torch
+import torch.distributed as dist
 import transformers
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+START = time.monotonic()
+STOPPED = 143
+rows, tokens = [], 0  # of the micro-steps since the last log, on this rank
+
+
+def check(checkpoint: Path, ranks: int) -> None:
+    """Raises OSError, ValueError or BadZipFile where a file that training continues from is not as it was written."""
+    json.loads((checkpoint / "trainer_state.json").read_text())  # written after the weights and the optimizer
+    shards = len(list(checkpoint.glob("global_step*/*optim_states.pt")))
+    if shards not in (0, ranks):
+        raise ValueError(f"holds the optimizer of {shards} ranks, where {ranks} are training")
+    for path in checkpoint.rglob("*.pt*"):
+        with ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise BadZipFile(f"{path} is damaged at {damaged}")
+
+
+def newest_whole(output_dir: str, ranks: int) -> str | None:
+    """The checkpoint to continue from; None where there is none at all. Exits where none is whole."""
+    found = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        try:
+            check(checkpoint, ranks)
+            return str(checkpoint)
+        except (OSError, ValueError, BadZipFile) as error:
+            print(f"train: cannot continue from {checkpoint}: {error}", file=sys.stderr)
+    if found:
+        sys.exit(f"train: no checkpoint in {output_dir} can be continued; remove them to start this stage over")
+    return None
+
+
+def from_rank_0(value):
+    """What rank 0 has, on every rank."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+class Driver(transformers.TrainerCallback):
+    hours_before = 0.0
+
+    def on_train_begin(self, args, state, control, **_):
+        self.logged, self.tokens, self.stopping = time.monotonic(), 0, False
+
+    def on_step_end(self, args, state, control, **_):
+        if not control.should_log:  # where the log waits for the device anyway
+            return
+        asked = args.process_index == 0 and Path(args.output_dir, "stop").exists()
+        sums = torch.tensor([asked, tokens], dtype=torch.float64, device=args.device)
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        asked, self.tokens = sums.tolist()
+        if asked and state.global_step < state.max_steps:
+            self.stopping = control.should_save = control.should_training_stop = True
+
+    def on_log(self, args, state, control, logs, **_):
+        global tokens
+        if "loss" in logs:  # in what is shown, not in the trainer's state: checkpoints do not depend on the clock
+            now = time.monotonic()
+            logs["tokens_per_second"] = round(self.tokens / (now - self.logged))
+            logs["gpu_hours"] = round(self.gpu_hours(args), 4)
+            self.logged, tokens = now, 0
+            rows.clear()
+
+    def gpu_hours(self, args) -> float:
+        return self.hours_before + (time.monotonic() - START) * args.world_size / 3600
+
+    def on_save(self, args, state, control, **_):
+        if args.process_index == 0:
+            hours = Path(args.output_dir, f"checkpoint-{state.global_step}", "gpu_hours")
+            hours.write_text(str(self.gpu_hours(args)))
+
+    def on_train_end(self, args, state, control, **_):
+        if self.stopping:
+            raise SystemExit(STOPPED)
+
+
+def train(self, *_, **__):
+    ranks = self.args.world_size
+    checkpoint = newest_whole(self.args.output_dir, ranks) if self.args.process_index == 0 else None
+    checkpoint = from_rank_0(checkpoint)
+    if checkpoint and (hours := Path(checkpoint, "gpu_hours")).exists():
+        Driver.hours_before = float(hours.read_text())
+    number_rows(self)
+    try:
+        return stock_train(self, resume_from_checkpoint=checkpoint)
+    except FloatingPointError as error:
+        of_ranks = [rows]
+        if dist.is_initialized():  # the log that raises is every rank's
+            of_ranks = [None] * ranks
+            dist.all_gather_object(of_ranks, rows)
+        batch = [self.train_dataset.list_data_dict[i] for part in of_ranks for i in part]
+        path = Path(self.args.output_dir, "nonfinite.json")
+        if self.args.process_index == 0:
+            path.with_suffix(".partial").write_text(json.dumps(batch, indent=1))
+            os.replace(path.with_suffix(".partial"), path)
+        ids = ", ".join(str(row.get("id")) for row in batch)
+        raise FloatingPointError(f"{error} The rows since the last log are in {path}; their ids: {ids}") from None
+
+
+def number_rows(trainer) -> None:
+    """Lets a batch say which rows of the data it is made of; `compute_loss` takes that out again."""
+    dataset, collate = type(trainer.train_dataset), trainer.data_collator
+    stock_getitem = dataset.__getitem__
+    dataset.__getitem__ = lambda self, i: {**stock_getitem(self, i), "row": i}
+    trainer.data_collator = lambda parts: {**collate(parts), "rows": [part["row"] for part in parts]}
+
+
+def compute_loss(self, model, inputs, return_outputs=False):
+    global tokens
+    rows.extend(inputs.pop("rows"))
+    loss, outputs = stock_compute_loss(self, model, inputs, return_outputs=True)
+    tokens += outputs["logits"].shape[:2].numel()
+    return (loss, outputs) if return_outputs else loss
+
 
 parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 parser.add_argument("--train_module", required=True)
@@ -31,10 +161,25 @@ if not torch.cuda.is_available():
     torch.cuda.synchronize = lambda device=None: None
 if hasattr(torch.serialization, "add_safe_globals"):
     numpy_state = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
-    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, *numpy_state])
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address, *numpy_state])
+
+transformers.trainer.DEFAULT_CALLBACKS.append(Driver)
+stock_train, stock_compute_loss = transformers.Trainer.train, transformers.Trainer.compute_loss
+transformers.Trainer.train, transformers.Trainer.compute_loss = train, compute_loss
+if module.train_module.startswith("llava."):
+    # Its final save does not go through this. `_save` stays: deepspeed's part of the checkpoint holds the weights.
+    del importlib.import_module("llava.train.llava_trainer").LLaVATrainer._save_checkpoint
+
 sys.argv[1:] = stock_argv
-runpy.run_module(module.train_module, run_name="__main__", alter_sys=True)
-if torch.distributed.is_initialized():
+code = 0
+try:
+    runpy.run_module(module.train_module, run_name="__main__", alter_sys=True)
+except SystemExit as stopped:
+    if stopped.code != STOPPED:
+        raise
+    code = STOPPED
+if dist.is_initialized():
     # Ranks that leave one by one can tear gloo's threads down under each other: "terminate called", exit code -6.
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    dist.barrier()
+    dist.destroy_process_group()
+sys.exit(code)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,67 @@ def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs,
     assert not (out / "config.json").exists()
     assert train(workshop, out, "finetune", **flags) == logs["finetune"]
     assert weights(out) == weights(folder / "llava")
+
+@pytest.fixture
+def kit(workshop, tmp_path):
+    """kit(stage, *arguments, **environment): the real train.sh, in a tree of its own, on the experiment "small"."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in (".venv", "upstream"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "scripts/configs/small.toml").write_text(f"""
+base = "llava-tiny-vista"
+run = "results"
+[train]
+model_name_or_path = "{workshop}/llama"
+vision_tower = "{workshop}/clip"
+model_max_length = 96
+dataloader_num_workers = 0
+save_steps = 4
+[pretrain]
+data_path = "{workshop}/pretrain.json"
+image_folder = "{workshop}/images"
+max_steps = 6
+global_batch = 8
+per_device_train_batch_size = 4
+""")
+
+    def start(stage, *arguments, **environment):
+        command = [tmp_path / "scripts/train.sh", "small", stage, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env=os.environ | environment, **pipes)
+
+    return start
+
+
+def test_stage_1_stopped_by_sigterm_and_continued_ends_as_if_it_had_not_been(kit, tmp_path):
+    whole, cut = tmp_path / "results/seed0/small-pretrain", tmp_path / "results/seed1/small-pretrain"
+    running = kit("pretrain")
+    assert running.wait() == 0, running.stdout.read()
+    whole.parent.rename(tmp_path / "whole")
+    whole = tmp_path / "whole/small-pretrain"
+    cut = tmp_path / "results/seed0/small-pretrain"
+
+    running = kit("pretrain")
+    while not (cut / "train.log").exists():
+        time.sleep(0.05)
+    second = kit("pretrain")
+    assert second.wait() == 2 and "another run is training" in second.stdout.read()
+    running.terminate()
+    output, _ = running.communicate()
+    assert running.returncode == 143 and "the same command continues" in output
+    assert [path.name for path in cut.glob("checkpoint-*")] == ["checkpoint-1"] and not (cut / "done").exists()
+    shutil.copytree(cut / "checkpoint-1", cut / "checkpoint-2")
+    state = next(cut.glob("checkpoint-2/global_step*/*optim_states.pt"))
+    state.write_bytes(state.read_bytes()[:-100])
+
+    assert kit("pretrain").wait() == 0
+    log = (cut / "train.log").read_text()
+    assert re.search("cannot continue from .*checkpoint-2: File is not a zip file", log)
+    histories = [json.loads((out / "trainer_state.json").read_text())["log_history"][:6] for out in (whole, cut)]
+    assert len(histories[0]) == 6 and histories[0] == histories[1]
+    assert weights(whole) == weights(cut)
+    assert "tokens_per_second" in log and "gpu_hours" in log
+
 
 
 @pytest.mark.parametrize("stage,zero", (("pretrain", "zero2"), ("finetune", "zero3")))
