@@ -107,7 +107,7 @@ trap 'kill $pid 2>/dev/null; wait $pid; exit 130' INT
 # A launcher that is sent SIGTERM kills its ranks after 30 s: they see this file at the end of a step instead.
 trap 'touch "$out/stop"' TERM USR1
 while kill -0 $pid 2>/dev/null; do
-    sleep 5
+    timeout 5 tail -s 0.2 --pid $pid -f /dev/null || true
     printf '%s: %s %s\n' "$stage" "$out" "$(tail -c 4000 "$log" | tr '\r' '\n' | grep -oE '[0-9]+/[0-9]+ \[.*\]' | tail -n 1)"
 done
 if wait $pid; then

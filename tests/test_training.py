@@ -243,6 +243,7 @@ def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs,
     assert train(workshop, out, "finetune", **flags) == logs["finetune"]
     assert weights(out) == weights(folder / "llava")
 
+
 @pytest.fixture
 def kit(workshop, tmp_path):
     """kit(stage, *arguments, **environment): the real train.sh, in a tree of its own, on the experiment "small"."""
@@ -275,12 +276,10 @@ per_device_train_batch_size = 4
 
 
 def test_stage_1_stopped_by_sigterm_and_continued_ends_as_if_it_had_not_been(kit, tmp_path):
-    whole, cut = tmp_path / "results/seed0/small-pretrain", tmp_path / "results/seed1/small-pretrain"
     running = kit("pretrain")
     assert running.wait() == 0, running.stdout.read()
-    whole.parent.rename(tmp_path / "whole")
-    whole = tmp_path / "whole/small-pretrain"
-    cut = tmp_path / "results/seed0/small-pretrain"
+    (tmp_path / "results/seed0").rename(tmp_path / "whole")
+    whole, cut = tmp_path / "whole/small-pretrain", tmp_path / "results/seed0/small-pretrain"
 
     running = kit("pretrain")
     while not (cut / "train.log").exists():
@@ -302,7 +301,6 @@ def test_stage_1_stopped_by_sigterm_and_continued_ends_as_if_it_had_not_been(kit
     assert len(histories[0]) == 6 and histories[0] == histories[1]
     assert weights(whole) == weights(cut)
     assert "tokens_per_second" in log and "gpu_hours" in log
-
 
 
 @pytest.mark.parametrize("stage,zero", (("pretrain", "zero2"), ("finetune", "zero3")))
@@ -348,3 +346,35 @@ def test_a_non_finite_loss_stops_the_run(workshop, tmp_path):
     with pytest.raises(AssertionError, match=r"VISTA: loss_ce and loss_vista not finite.*before step"):
         train(workshop, tmp_path / "out", "pretrain", vista="l2", learning_rate=1e25)
     assert not (tmp_path / "out/mm_projector.bin").exists()
+
+
+def test_the_rows_of_a_non_finite_step_are_kept_and_replaying_them_reproduces_it(kit, workshop, tmp_path):
+    """One row's text holds a character whose embedding is NaN."""
+    import torch
+    from transformers import LlamaForCausalLM, LlamaTokenizer
+
+    rows = json.loads((workshop / "pretrain.json").read_text())
+    rows[7]["conversations"][1]["value"] += " \u00e9"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    model = LlamaForCausalLM.from_pretrained(workshop / "llama")
+    tokenizer = LlamaTokenizer.from_pretrained(workshop / "llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tokenizer("\u00e9").input_ids[-1]] = torch.nan
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "llama")
+    config = tmp_path / "scripts/configs/small.toml"
+    text = config.read_text().replace(f"{workshop}/llama", f"{tmp_path}/llama")
+    text = text.replace(f"{workshop}/pretrain.json", f"{tmp_path}/rows.json").replace(
+        "save_steps = 4", "save_steps = 1"
+    )
+    config.write_text(text)
+
+    out = tmp_path / "results/seed0/small-pretrain"
+    for folder, arguments in ((out, ()), (out / "replay", ("0", "replay"))):
+        running = kit("pretrain", *arguments)
+        output, _ = running.communicate()
+        assert running.returncode == 1 and "FloatingPointError: VISTA: loss_ce and loss_vista not finite" in output
+        kept = json.loads((folder / "nonfinite.json").read_text())
+        assert len(kept) == 8 and rows[7] in kept and f"ids: {kept[0]['id']}, {kept[1]['id']}" in output
+    checkpoints = [path.name for path in out.glob("checkpoint-*")]
+    assert len(checkpoints) == 1 and (out / "replay" / checkpoints[0]).is_symlink()
