@@ -1,34 +1,50 @@
-"""Two "nodes" on one machine: train.sh on each, as scripts/cluster/train.sbatch starts it."""
+"""Two "nodes" on one machine, through scripts/cluster/train.sbatch: Slurm alone is a stand-in."""
 
 import json
-import socket
+import os
+import random
+import subprocess
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.test_training import kit, workshop  # noqa: F401 (fixtures)
 
+# A task on each node at once, without the container; stage 2 is not what is tested here.
+SRUN = """#!/usr/bin/env bash
+[[ $* != *finetune* ]] || exit 0
+while [[ $1 != bash ]]; do shift; done
+SLURM_NODEID=1 "$@" & SLURM_NODEID=0 "$@" && wait $!
+"""
 
-def train(kit, out, *nodes):  # noqa: F811
-    """One train.sh for each element of `nodes`, all at once: the trainer's log."""
+
+def history(out, start):
+    """The trainer's log of a run that `start` starts."""
     for _ in range(3):  # with two ranks on a CPU, deepspeed 0.14.5 sometimes starts from garbage or dies at its end
-        running = [kit("pretrain", RANKS="2", **variables) for variables in nodes]
-        outputs = [process.communicate()[0] for process in running]
-        if [process.returncode for process in running] == [0] * len(nodes):
+        running = start()
+        output, _ = running.communicate()
+        if running.returncode == 0:
             break
-    assert (out / "done").exists(), outputs
+    assert running.returncode == 0 and (out / "done").exists(), output
     state = json.loads((out / "trainer_state.json").read_text())
     return [row for row in state["log_history"] if "loss" in row]
 
 
-def test_two_nodes_give_the_losses_of_one(kit, tmp_path):  # noqa: F811
+def test_two_nodes_under_slurms_script_give_the_losses_of_one(kit, tmp_path):  # noqa: F811
     out = tmp_path / "results/seed0/small-pretrain"
-    one = train(kit, out, {})
+    one = history(out, lambda: kit("pretrain", RANKS="2"))
     out.rename(tmp_path / "one")
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = str(free.getsockname()[1])
-    common = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    two = train(kit, out, common | {"NODE_RANK": "0"}, common | {"NODE_RANK": "1"})
+
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\n")):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    slurm |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(random.randrange(10000))}
+    slurm |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "scripts/cluster/train.sbatch", "small"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    two = history(out, lambda: subprocess.Popen(command, env=os.environ | slurm, **pipes))
     assert (out / "train.node1.log").exists()
     assert len(one) == 6 and one == two  # the same two ranks, the same sums
     for row in two:  # the trainer gathers `loss` over the ranks; the terms must be gathered alike to add up to it

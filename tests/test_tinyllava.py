@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_training import run_stock, workshop  # noqa: F401 (a fixture)
+from tests.test_training import kit, run_stock, workshop  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.pins, pytest.mark.upstream]
 STEPS = 16
@@ -161,3 +162,45 @@ def test_the_exact_upstream_pins_give_the_same_losses(train, pretrained, finetun
             values = [[row[key] for row in rows] for rows in (pinned, ours)]
             # The two torches sum in other orders: 1e-7 a step, grown by the steps of training.
             np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-4, err_msg=key)
+
+
+def test_both_stages_stopped_by_sigterm_and_continued_end_as_if_they_had_not_been(kit, parts, tree, tmp_path):  # noqa: F811
+    """Under deepspeed, ZeRO-2 and ZeRO-3, by train.sh."""
+    environment("cpu-tinyllava")
+    (tmp_path / ".venv-cpu-tinyllava").symlink_to(ROOT / ".venv-cpu-tinyllava")
+    stages = ""
+    for stage in STAGES:
+        stages += f'[{stage}]\ndata_path = "{parts}/{stage}.json"\nimage_folder = "{parts}/images"\nmax_steps = 6\n'
+        stages += "global_batch = 8\nper_device_train_batch_size = 4\n"
+    (tmp_path / "scripts/configs/small.toml").write_text(f"""
+base = "tinyllava-tiny-vista"
+run = "results"
+[train]
+model_name_or_path = "{parts}/phi"
+vision_tower = "{parts}/siglip"
+model_max_length = 160
+dataloader_num_workers = 0
+{stages}""")
+
+    def finish(stage):
+        running = kit(stage)
+        output, _ = running.communicate()
+        assert running.returncode == 0, output
+        out = tmp_path / f"results/seed0/small-{stage}"
+        log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        saved = {path.relative_to(out): path.read_bytes() for path in out.glob("**/pytorch_model*.bin")}
+        return log[:6], {path: data for path, data in saved.items() if "checkpoint" not in str(path)}
+
+    whole = {stage: finish(stage) for stage in STAGES}
+    shutil.rmtree(tmp_path / "results")
+    for stage, (log, saved) in whole.items():
+        running = kit(stage)
+        out = tmp_path / f"results/seed0/small-{stage}"
+        while not (out / "train.log").exists() and running.poll() is None:
+            time.sleep(0.05)
+        running.terminate()
+        output, _ = running.communicate()
+        assert running.returncode == 143, output
+        assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"] and not (out / "done").exists()
+        again = finish(stage)
+        assert len(log) == 6 and again[0] == log and saved and again[1] == saved
