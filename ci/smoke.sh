@@ -4,5 +4,5 @@
 # Results: results/smoke.xml (JUnit).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-.venv/bin/python -m pytest -p no:cacheprovider tests/test_loss.py tests/test_model.py tests/test_training.py \
+.venv/bin/python -m pytest -p no:cacheprovider tests/test_loss.py tests/test_model.py tests/test_training.py tests/test_cluster.py \
     --junitxml results/smoke.xml "$@"

@@ -73,7 +73,9 @@ def from_rank_0(value):
 
 
 class Driver(transformers.TrainerCallback):
-    hours_before = 0.0
+    """Between stock's steps: throughput, and stopping when asked."""
+
+    hours_before = 0.0  # of the steps before the checkpoint
 
     def on_train_begin(self, args, state, control, **_):
         self.logged, self.tokens, self.stopping = time.monotonic(), 0, False
@@ -116,7 +118,7 @@ def train(self, *_, **__):
     checkpoint = newest_whole(self.args.output_dir, ranks) if self.args.process_index == 0 else None
     checkpoint = from_rank_0(checkpoint)
     if checkpoint and (hours := Path(checkpoint, "gpu_hours")).exists():
-        Driver.hours_before = float(hours.read_text())
+        Driver.hours_before = float(hours.read_text() or 0)
     number_rows(self)
     try:
         return stock_train(self, resume_from_checkpoint=checkpoint)

@@ -303,15 +303,20 @@ def test_stage_1_stopped_by_sigterm_and_continued_ends_as_if_it_had_not_been(kit
     assert "tokens_per_second" in log and "gpu_hours" in log
 
 
-@pytest.mark.parametrize("stage,zero", (("pretrain", "zero2"), ("finetune", "zero3")))
-def test_two_ranks_under_deepspeed_log_the_mean_over_ranks(workshop, runs, tmp_path, stage, zero):
-    """The trainer gathers `loss` over the ranks; the terms must be gathered alike to add up to it."""
+def test_without_a_whole_checkpoint_nothing_starts_over(workshop, tmp_path):
+    (tmp_path / "out/checkpoint-1").mkdir(parents=True)
+    with pytest.raises(AssertionError, match=r"no checkpoint in .*/out can be continued"):
+        train(workshop, tmp_path / "out", "pretrain")
+
+
+def test_two_ranks_under_deepspeed_log_the_mean_over_ranks(workshop, runs, tmp_path):
+    """The trainer gathers `loss` over the ranks; the terms must be gathered alike to add up to it. Stage 1's two ranks
+    are test_cluster's."""
     changes = {"gradient_accumulation_steps": 1, "max_steps": 8, "vista": "l2"}
-    changes |= {"deepspeed": UPSTREAM / f"scripts/{zero}.json", "bf16": True}
-    if stage == "finetune":
-        changes["pretrain_mm_mlp_adapter"] = runs("l2")[0] / "pretrain/mm_projector.bin"
+    changes |= {"deepspeed": UPSTREAM / "scripts/zero3.json", "bf16": True}
+    changes["pretrain_mm_mlp_adapter"] = runs("l2")[0] / "pretrain/mm_projector.bin"
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29533"]
-    log = train(workshop, tmp_path / "llava", stage, launcher=launcher, **changes)
+    log = train(workshop, tmp_path / "llava", "finetune", launcher=launcher, **changes)
     assert len(log) == 8
     for row in log:
         assert row["loss"] == pytest.approx(row["loss_ce"] + row["loss_vista"], abs=2e-4)  # loss: 4 digits
