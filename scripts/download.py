@@ -2,10 +2,10 @@
 
     python scripts/download.py EXPERIMENT [--offline] [--verify]
 
-TO.partial holds what is on its way, and is continued. data/.sums/NAME lists the files of a source that lies whole in its
-place, in the form of `sha256sum --check`; it is written last. What lies there already, a link to your own copy for
-instance, is counted, hashed once and taken. One process downloads at a time; others wait, and find it done. For a machine
-without a network: copy all of data/ to it (rsync -a, or tar), and run this there with --offline --verify.
+TO.partial holds what is on its way, and is continued. data/.sums/NAME lists the files of a source that lies whole in
+its place, in the form of `sha256sum --check`; it is written last. What lies there already, a link to your own copy for
+instance, is counted, hashed once and taken. One process downloads at a time; others wait, and find it done. For a
+machine without a network: copy all of data/ to it (rsync -aL), and run this there with --offline --verify.
 
 The hub's usual variables hold: HF_TOKEN, HF_TOKEN_PATH, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE.
 HF_HUB_ENABLE_HF_TRANSFER=1 is for lines above 1 Gb/s: a file of the hub that is cut off then starts again.
@@ -207,15 +207,19 @@ def bring(sources: list[Source], offline: bool) -> list[str]:
     def todo() -> list[Source]:
         return [source for source in sources if not (source.sums.exists() and source.to.exists())]
 
-    def each(step: Callable[[Source], None], them: list[Source]) -> list[str]:
-        def error(source: Source) -> str:
+    def each(step: Callable[[Source], None], them: list[Source], all_of_them: bool = True) -> list[str]:
+        errors: list[str] = []
+
+        def try_it(source: Source) -> None:
             try:
-                return step(source) or ""
+                if all_of_them or not errors:
+                    step(source)
             except (DataError, OSError, ValueError) as error:
-                return f"{source.name}: {error}"
+                errors.append(f"{source.name}: {error}")
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(filter(None, pool.map(error, them)))
+            list(pool.map(try_it, them))
+        return errors
 
     if not todo():
         return []
@@ -235,7 +239,7 @@ def bring(sources: list[Source], offline: bool) -> list[str]:
         if offline:
             return [f"{source.name} is missing: {source.to}, from {source.repo or source.url[0]}" for source in left]
         locks, guard = json.loads(LOCK.read_text()) if LOCK.exists() else {}, threading.Lock()
-        if errors := each(lambda source: plan(source, locks.get(source.name, {})), left):
+        if errors := each(lambda source: plan(source, locks.get(source.name, {})), left, all_of_them=False):
             return errors
         check_disk(left)
         threading.Thread(target=progress, args=[left], daemon=True).start()
@@ -315,7 +319,7 @@ def attempts(source: Source, once: Callable):
                 causes.append(cause)
             if LOCAL & {getattr(c, "errno", None) for c in causes} or "No space left" in str(causes[-1]):
                 raise DataError(f"{causes[-1]}: mend that and run again, it continues") from None
-            text = re.sub(r"\?\S+|(?<=//)[^/@\s]+@", "", str(error).strip().split("\n")[0])  # no signatures, no secrets
+            text = re.sub(r"\?\S+|(?<=//)[^/@\s]+@", "", f"{causes[-1]}".split("\n")[0])  # no signatures, no secrets
             response = next((c.response for c in causes if getattr(c, "response", None) is not None), None)
             status = response.status_code if response is not None else 0
             if 400 <= status < 500 and status not in (408, 416, 429):
@@ -324,7 +328,7 @@ def attempts(source: Source, once: Callable):
             got = size(source.downloads)
             tries, had = 1 if got > had else tries + 1, got
             if tries == TRIES:
-                raise DataError(f"{text}: given up after {TRIES} tries, run again to continue") from None
+                raise DataError(f"{text}: given up after {TRIES} tries; run again to continue") from None
             after = response.headers.get("Retry-After", "") if status else ""
             wait = max(2 ** (tries - 1), int(after) if after.isdigit() else 0)
             say(f"{source.name}: {text}: goes on in {wait} s, with {gigabytes(got)} there")

@@ -334,6 +334,21 @@ def test_too_many_requests_waits_as_long_as_it_is_told(world):
     assert time.time() - started > 4  # the list of files, then the files
 
 
+def test_it_gives_up_where_nothing_comes(tmp_path, monkeypatch):
+    waits, source = [], download.Source("x", tmp_path / "to")
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def fail():
+        if len(waits) == 3:  # a byte arrives: it starts to count again
+            source.downloads.mkdir(parents=True)
+            (source.downloads / "part").write_bytes(b"x" * 9)
+        raise OSError("https://user:hf_secret@hub/file?signature=secret is cut")
+
+    with pytest.raises(download.DataError, match="^https://hub/file is cut: given up after 6 tries") as raised:
+        download.attempts(source, fail)
+    assert waits == [1, 2, 4, 1, 2, 4, 8, 16] and "secret" not in str(raised.value)
+
+
 def test_what_waiting_does_not_mend_ends_at_once(world):
     def fault(handler, path):
         if "vicuna" in path:
