@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Evaluates an experiment's checkpoint with lmms-eval 0.3.0's stock model: a process per task, per-sample logs kept.
+# Evaluates an experiment's checkpoint with lmms-eval 0.3.0's stock model: a run for each task, over all visible GPUs.
 #
 #   scripts/eval.sh EXPERIMENT [SEED]
 #
 # RUN/seedN/eval/EXPERIMENT/TASK/ holds lmms-eval's results and samples (in a folder that it names after the checkpoint)
 # and log.txt. A task whose results are whole and newer than the checkpoint is skipped.
+#
+# The paper's tasks read their data sets from the hub's cache, offline: HF_HOME, data/hub if it is not set.
+# MMBench wants a choice, for the answers in which its rules find no option: MMBENCH_JUDGE=rules calls them wrong;
+# MMBENCH_JUDGE=https://HOST/v1/chat/completions asks MMBENCH_MODEL there, with the key in OPENAI_API_KEY or in the file
+# OPENAI_API_KEY_FILE. no_option.json, beside the results, counts them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,52 +17,92 @@ experiment=${1:?usage: scripts/eval.sh EXPERIMENT [SEED]}
 # shellcheck source=scripts/experiment.sh
 . scripts/experiment.sh
 tasks=$(config get tasks)
+processes=$(config get ranks)
 run=$run/seed${2:-0}
 mapfile -t tasks <<<"$tasks"
 checkpoint=$run/$experiment-finetune out=$run/eval/$experiment
+refuse() { echo "eval: $*" >&2 && exit 2; }
 fail() { echo "eval: $*" >&2 && exit 1; }
-[[ -f $checkpoint/done ]] || fail "$checkpoint is not done: train this experiment first"
-[[ $checkpoint$out != *[=,]* ]] || fail "lmms-eval takes no '=' and no ',' in a path: $checkpoint $out"
-[[ -d upstream/$backbone ]] || fail "upstream/$backbone is missing: run scripts/upstream.sh $backbone"
+[[ -f $checkpoint/done ]] || refuse "$checkpoint is not done: train this experiment first"
+[[ $checkpoint$out != *[=,]* ]] || refuse "lmms-eval takes no '=' and no ',' in a path: $checkpoint $out"
+[[ -d upstream/$backbone ]] || refuse "upstream/$backbone is missing: run scripts/upstream.sh $backbone"
+suite() { PATH=$PWD/.venv/bin:$PATH python3 "$PWD/scripts/suite.py" "$@"; }
+
+mkdir -p "$out"
+exec 9>"$out/.lock"
+flock -n 9 || { echo "eval: waiting for another evaluation that is at work in $out" && flock 9; }
+todo=()
+for task in "${tasks[@]}"; do
+    if suite whole "$out/$task" "$task" "$checkpoint/done"; then
+        echo "eval: $checkpoint $task is whole, skipped"
+    else
+        todo+=("$task")
+    fi
+done
+((${#todo[@]})) || exit 0
+
+# All that a task needs is checked before the first one starts.
+sets=$(suite data "${todo[@]}")
+if [[ " ${todo[*]} " == *" refcoco"* ]]; then
+    java -version &>/dev/null ||
+        refuse "RefCOCO's captions are tokenized by a Java program: install Java (Debian: apt-get install default-jre-headless)"
+fi
+if [[ " ${todo[*]} " == *" mmbench_"* ]]; then
+    [[ ! ${OPENAI_API_KEY_FILE:-} ]] || OPENAI_API_KEY=$(<"$OPENAI_API_KEY_FILE")
+    export MMBENCH_JUDGE OPENAI_API_KEY=${OPENAI_API_KEY:-} OPENAI_API_URL=${MMBENCH_JUDGE:-}
+    case ${MMBENCH_JUDGE:-} in
+        rules) ;;
+        http://* | https://*) suite judge ;;
+        *) refuse "who judges MMBench's answers that name no option? MMBENCH_JUDGE=rules calls them wrong;" \
+            "MMBENCH_JUDGE=https://HOST/v1/chat/completions asks MMBENCH_MODEL there, with OPENAI_API_KEY" ;;
+    esac
+fi
+
 PATH=$PWD/$environment/bin:$PATH
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())')
+if ((gpus)); then
+    device=cuda device_map='' processes=$gpus at_once=1
+else
+    # A row at a time through a tiny model: one thread is the fastest, and there is a core for each process.
+    # Without device_map=auto both models insist on CUDA.
+    device=cpu device_map=,device_map=auto at_once=$((($(nproc) + processes - 1) / processes))
+    export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
+fi
+python=(python3)
+((processes == 1)) || python+=(-m torch.distributed.run --standalone --nproc_per_node "$processes")
 
-# lmms-eval exits 0 even when a run fails, so its files decide: every metric is a number, every sample is logged.
-whole() { # FOLDER TASK
-    python3 - "$1" "$2" "$checkpoint/done" <<'EOF'
-import json, math, os, sys
-from pathlib import Path
-folder, task, done = sys.argv[1:]
-files = list(Path(folder).glob("*/[0-9]*_results.json"))
-if len(files) != 1 or files[0].stat().st_mtime < os.path.getmtime(done):
-    sys.exit(1)
-results = json.loads(files[0].read_text())
-metrics = [v for k, v in results["results"].get(task, {}).items() if "," in k and "_stderr" not in k]
-samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
-lines = len(samples.read_text().splitlines()) if samples.exists() else 0
-numbers = metrics and all(isinstance(v, (int, float)) and math.isfinite(v) for v in metrics)
-sys.exit(not (numbers and lines == results["n-samples"][task]["effective"]))
-EOF
-}
-
-export PYTHONPATH=upstream/$backbone HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
-# Its own cache each time: a converted parquet must not outlive the data that it came from.
-HF_DATASETS_CACHE=$(mktemp -d)
-export HF_DATASETS_CACHE
-trap 'rm -rf "$HF_DATASETS_CACHE"' EXIT
+# datasets 2.16.1 finds a data set offline only as a folder OWNER/NAME below the one that lmms-eval runs in: so it runs in
+# one that looks like this, with the data sets beside.
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+ln -s "$PWD"/* "$work"
+while read -r name snapshot; do
+    [[ ! $name ]] || { mkdir -p "$work/${name%/*}" && ln -s "$snapshot" "$work/$name"; }
+done <<<"$sets"
+# pycocoevalcap writes beside its own code, which may be read-only and which other runs share.
+[[ " ${todo[*]} " != *" refcoco"* ]] ||
+    cp -rs "$(python3 -c 'import importlib.util as u; print(*u.find_spec("pycocoevalcap").submodule_search_locations)')" "$work"
+export PYTHONPATH=$work:$PWD/upstream/$backbone HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 evaluate() { # TASK
-    local task=$1 start=$SECONDS partial=$out/.$1.partial
-    echo "eval: $checkpoint $task on $device"
+    local task=$1 start=$SECONDS partial=$out/.$1.partial cache=${HF_HOME:-$PWD/data/hub}/datasets
+    # A converted parquet must not outlive the data that it came from: the hub's has its revision in its path.
+    [[ ! -f scripts/tasks/$task.yaml ]] || cache=$work/datasets
+    echo "eval: $checkpoint $task on $processes x $device"
     rm -rf "$partial" "${out:?}/$task"
     mkdir -p "$partial"
     # With a batch over 1 the models pad, which changes answers.
-    python3 -m lmms_eval --model "$backbone" --model_args "pretrained=$checkpoint$device_map" --device "$device" \
-        --include_path scripts/tasks --tasks "$task" --batch_size 1 --log_samples --timezone UTC \
-        --output_path "$partial" &>"$partial/log.txt" || true
+    (cd "$work" && HF_DATASETS_CACHE=$cache exec "${python[@]}" scripts/run_eval.py --model "$backbone" \
+        --model_args "pretrained=$checkpoint$device_map" --device "$device" --include_path scripts/tasks \
+        --tasks "$task" --batch_size 1 --log_samples --timezone UTC --output_path "$partial") &>"$partial/log.txt" &
+    local pid=$!
+    trap 'kill $pid 2>/dev/null; wait $pid; exit 143' INT TERM
+    wait $pid || true
     # What deepspeed 0.14.5 and safetensors leave of a ZeRO-3 model of one rank on a CPU, for instance.
     ! grep -q "newly initialized" "$partial/log.txt" ||
         fail "$checkpoint lacks weights, and loading made new ones up: $partial/log.txt names them"
-    if ! whole "$partial" "$task"; then
+    # lmms-eval exits 0 even when a run fails.
+    if ! suite whole "$partial" "$task" "$checkpoint/done"; then
         tail -n 25 "$partial/log.txt" >&2
         fail "$task of $checkpoint left no whole results file; the whole log is $partial/log.txt"
     fi
@@ -65,24 +110,7 @@ evaluate() { # TASK
     echo "eval: $checkpoint $task took $((SECONDS - start)) s"
 }
 
-todo=()
-for task in "${tasks[@]}"; do
-    if whole "$out/$task" "$task"; then
-        echo "eval: $checkpoint $task is whole, skipped"
-    else
-        todo+=("$task")
-    fi
-done
-((${#todo[@]})) || exit 0
-device=$(python3 -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")')
-# Without device_map=auto both models insist on CUDA; with it, tinyllava stays on the CPU.
-device_map=,device_map=auto at_once=1
-[[ $backbone-$device != tinyllava-cuda ]] || device_map=
-if [[ $device == cpu ]]; then
-    # A row at a time through a tiny model: one thread is the fastest, and there is a core for each task.
-    at_once=$(nproc)
-    export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu
-fi
+trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' INT TERM
 failed=0
 for task in "${todo[@]}"; do
     (($(jobs -rp | wc -l) < at_once)) || wait -n || failed=1

@@ -226,6 +226,7 @@ def write(folder, configs, pics):
 def main(out):
     datasets.disable_progress_bar()
     pics = pictures(8)
+    shutil.rmtree(out / "datasets", ignore_errors=True)  # what was converted from older ones
     for name, configs in SETS.items():
         final = out / "hub" / f"datasets--{name.replace('/', '--')}" / "snapshots" / REVISION
         partial = final.with_name("partial")
