@@ -21,6 +21,10 @@ if [[ $profile == tiny ]]; then
 else
     need_disk=400 need_memory=128
     nvidia-smi &>/dev/null || problem "profile full needs a GPU (tiny runs on a CPU)"
+    java -version &>/dev/null ||
+        problem "RefCOCO's captions are tokenized by a Java program, and there is no java (Debian: apt-get install default-jre-headless)"
+    [[ ${MMBENCH_JUDGE:-} ]] ||
+        problem "MMBENCH_JUDGE is not set: who judges MMBench's answers that name no option? (scripts/eval.sh says the choices)"
     for backbone in "${@:-llava}"; do
         ".venv-$backbone/bin/python" -c 'import flash_attn, lmms_eval' 2>/dev/null ||
             problem "profile full needs .venv-$backbone with flash-attn: run in the image, or scripts/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"

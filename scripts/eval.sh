@@ -6,7 +6,7 @@
 # RUN/seedN/eval/EXPERIMENT/TASK/ holds lmms-eval's results and samples (in a folder that it names after the checkpoint)
 # and log.txt. A task whose results are whole and newer than the checkpoint is skipped.
 #
-# The paper's tasks read their data sets from the hub's cache, offline: HF_HOME, data/hub if it is not set.
+# The paper's tasks read their data sets from EVAL_DATA (data/eval, if that is not set), offline.
 # MMBench wants a choice, for the answers in which its rules find no option: MMBENCH_JUDGE=rules calls them wrong;
 # MMBENCH_JUDGE=https://HOST/v1/chat/completions asks MMBENCH_MODEL there, with the key in OPENAI_API_KEY or in the file
 # OPENAI_API_KEY_FILE. no_option.json, beside the results, counts them.
@@ -42,7 +42,8 @@ done
 ((${#todo[@]})) || exit 0
 
 # All that a task needs is checked before the first one starts.
-sets=$(suite data "${todo[@]}")
+data=$(realpath -m "${EVAL_DATA:-data/eval}")
+suite data "$data" "${todo[@]}"
 if [[ " ${todo[*]} " == *" refcoco"* ]]; then
     java -version &>/dev/null ||
         refuse "RefCOCO's captions are tokenized by a Java program: install Java (Debian: apt-get install default-jre-headless)"
@@ -76,18 +77,16 @@ python=(python3)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 ln -s "$PWD"/* "$work"
-while read -r name snapshot; do
-    [[ ! $name ]] || { mkdir -p "$work/${name%/*}" && ln -s "$snapshot" "$work/$name"; }
-done <<<"$sets"
+[[ ! -d $data/.cache/sets ]] || ln -s "$data"/.cache/sets/* "$work"
 # pycocoevalcap writes beside its own code, which may be read-only and which other runs share.
 [[ " ${todo[*]} " != *" refcoco"* ]] ||
     cp -rs "$(python3 -c 'import importlib.util as u; print(*u.find_spec("pycocoevalcap").submodule_search_locations)')" "$work"
 export PYTHONPATH=$work:$PWD/upstream/$backbone HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 evaluate() { # TASK
-    local task=$1 start=$SECONDS partial=$out/.$1.partial cache=${HF_HOME:-$PWD/data/hub}/datasets
-    # A converted parquet must not outlive the data that it came from: the hub's has its revision in its path.
-    [[ ! -f scripts/tasks/$task.yaml ]] || cache=$work/datasets
+    local task=$1 start=$SECONDS partial=$out/.$1.partial cache=$data/.cache/converted
+    # The miniature's data may be made anew, and a converted parquet must not outlive what it came from.
+    [[ ! -f scripts/tasks/$task.yaml ]] || cache=$work/converted
     echo "eval: $checkpoint $task on $processes x $device"
     rm -rf "$partial" "${out:?}/$task"
     mkdir -p "$partial"

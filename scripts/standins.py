@@ -1,10 +1,10 @@
 """Small stand-ins for the data sets of scripts/suite.toml, so that every stock task of lmms-eval runs without the hub.
 
-    python scripts/standins.py FOLDER          then: HF_HOME=FOLDER scripts/eval.sh EXPERIMENT
+    python scripts/standins.py FOLDER          then: EVAL_DATA=FOLDER scripts/eval.sh EXPERIMENT
 
-Each has its data set's own name, configs, splits and columns, as far as lmms-eval 0.3.0 reads them, in the layout of
-the hub's cache (FOLDER/hub/datasets--OWNER--NAME/snapshots/...), and 4 to 16 rows: held-out pictures of easy-vqa, asked
-in that benchmark's way. Scores on them say nothing about a model. Two runs write the same bytes.
+Each, FOLDER/OWNER/NAME, has its data set's own configs, splits and columns, as far as lmms-eval 0.3.0 reads them, and
+8 to 16 rows: held-out pictures of easy-vqa, asked in that benchmark's way. Scores on them say nothing about a model.
+Two runs write the same bytes.
 """
 
 import io
@@ -18,7 +18,6 @@ import datasets
 from PIL import Image
 from tiny_data import COLORS, SEED, SHAPES, easyvqa_split
 
-REVISION = "0" * 40
 CHINESE = dict(zip(COLORS, ("黑色", "蓝色", "棕色", "灰色", "绿色", "红色", "青色", "黄色"), strict=True))
 BRIEF = "Please answer directly with only the letter of the correct option and nothing else."
 
@@ -184,11 +183,12 @@ def refcoco(pics, _):
         yield row | {"answer": [f"{p['color']} {p['shape']}", f"the {p['shape']}"]}
 
 
-# data set: {config: (split, rows)}
+# data set: {config: (split, rows)}; without rows: a config that no task reads, in the card alone, as after a download
 SETS = {
     "lmms-lab/VQAv2": {"default": ("validation", vqav2)},
     "lmms-lab/OK-VQA": {"default": ("val2014", ok_vqa)},
     "lmms-lab/GQA": {
+        "challenge_all_images": ("challenge", None),
         "testdev_balanced_instructions": ("testdev", gqa_instructions),
         "testdev_balanced_images": ("testdev", gqa_images),
     },
@@ -201,7 +201,7 @@ SETS = {
     "Lin-Chen/MMStar": {"default": ("val", mmstar)},
     "lmms-lab/MMT-Benchmark": {"default": ("val", mmt)},
     "echo840/OCRBench": {"default": ("test", ocrbench)},
-    "lmms-lab/MMBench": {"en": ("dev", mmbench), "cn": ("dev", mmbench_chinese)},
+    "lmms-lab/MMBench": {"cc": ("test", None), "en": ("dev", mmbench), "cn": ("dev", mmbench_chinese)},
     "lmms-lab/MME": {"default": ("test", mme)},
     "lmms-lab/RefCOCO": {"default": ("val", refcoco)},
     "lmms-lab/RefCOCOplus": {"default": ("val", refcoco)},
@@ -214,22 +214,23 @@ def write(folder, configs, pics):
     card = ["---", "configs:"]
     for config, (split, rows) in configs.items():
         path = f"{config}/{split}-00000-of-00001.parquet"
+        card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {config}/{split}-*"]
+        if not rows:
+            continue
         (folder / config).mkdir(parents=True)
         table = datasets.Dataset.from_list(list(rows(pics, random.Random(SEED))))
         if "image" in table.features and isinstance(table.features["image"], list):  # several pictures in a row
             table = table.cast_column("image", datasets.Sequence(datasets.Image()))
         table.to_parquet(folder / path)
-        card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {path}"]
     (folder / "README.md").write_text("\n".join([*card, "---", "A stand-in made by scripts/standins.py.", ""]))
 
 
 def main(out):
     datasets.disable_progress_bar()
     pics = pictures(8)
-    shutil.rmtree(out / "datasets", ignore_errors=True)  # what was converted from older ones
+    shutil.rmtree(out / ".cache", ignore_errors=True)  # of older ones, by scripts/eval.sh
     for name, configs in SETS.items():
-        final = out / "hub" / f"datasets--{name.replace('/', '--')}" / "snapshots" / REVISION
-        partial = final.with_name("partial")
+        final, partial = out / name, out / f"{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(final, ignore_errors=True)
         write(partial, configs, pics)

@@ -1,7 +1,7 @@
 """What scripts/eval.sh asks about the paper's suite (scripts/suite.toml), before and after lmms-eval runs.
 
-python scripts/suite.py data TASK...           "OWNER/NAME SNAPSHOT" for each data set of these tasks in the hub's cache
-                                               ($HF_HOME, data/hub if that is not set)
+python scripts/suite.py data FOLDER TASK...    the data sets that these tasks read, FOLDER/OWNER/NAME, made ready as
+                                               FOLDER/.cache/sets/OWNER/NAME
 python scripts/suite.py judge                  whether MMBench's judge at $MMBENCH_JUDGE answers, in one request
 python scripts/suite.py whole FOLDER TASK OLD  whether FOLDER/*/ holds whole results of TASK, newer than the file OLD
 
@@ -16,29 +16,49 @@ import sys
 from pathlib import Path
 
 import tomllib
+import yaml
 
 COLUMNS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["column"]
 STOCK_JUDGE = "gpt-3.5-turbo-0613"  # of lmms_eval/tasks/mmbench/mmbench.yaml
 
 
-def snapshot(name: str) -> Path:
-    """The folder of a data set in the hub's cache. Raises ValueError where it is not there, or not all of it."""
-    folder = Path(os.environ.get("HF_HOME", "data/hub"), "hub", f"datasets--{name.replace('/', '--')}")
-    found = list(folder.glob("snapshots/*/"))
-    if len(found) > 1 and (folder / "refs/main").exists():
-        found = [folder / "snapshots" / (folder / "refs/main").read_text()]
-    if len(found) != 1 or not (found[0] / "README.md").exists():
+def view(data: Path, name: str) -> Path:
+    """The data set data/OWNER/NAME for datasets 2.16.1, which fails where the first config of its card is not there: a
+    folder of links, with a card that names what is there. At the same place each time, by which its conversions are
+    cached. Raises ValueError where the data set is not there, or not all of it."""
+    folder, card = data / name, data / name / "README.md"
+    files = list(folder.rglob("*.parquet"))
+    if not files or not card.exists():
         raise ValueError(f"the data set {name} is not in {folder}: download it (scripts/data.sh)")
-    shards = {}  # data/validation-00003-of-00068.parquet
-    for path in found[0].rglob("*.parquet"):
-        if match := re.fullmatch(r"(.*)-(\d+)-of-(\d+)(-[0-9a-f]+)?", path.stem):
-            shards.setdefault((path.parent, match[1], int(match[3])), []).append(path.exists())
-    for (parent, split, count), there in shards.items():
-        if sum(there) < count:
-            raise ValueError(f"{parent}/{split} has {sum(there)} of {count} files: download {name} again")
-    if not shards:
-        raise ValueError(f"{found[0]} holds no parquet files: download {name} again")
-    return found[0].resolve()
+    for path in files:  # test-00003-of-00068.parquet
+        if match := re.fullmatch(r"(.*-)\d+-of-(\d+).*", path.name):
+            there, count = len(list(path.parent.glob(f"{match[1]}*-of-{match[2]}*"))), int(match[2])
+            if there < count:
+                raise ValueError(f"{path.parent} has {there} of {count} {match[1]}* files: download {name} again")
+    text = card.read_text()
+    head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
+    if "configs" in head:
+        configs = [c for c in head["configs"] if any(any(folder.glob(p)) for p in patterns(c.get("data_files", "*")))]
+        text = f"---\n{yaml.safe_dump(head | {'configs': configs})}---\n"
+    view = data / ".cache/sets" / name
+    view.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        link = view / path.name
+        if path != card and not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
+    if not (view / card.name).exists() or (view / card.name).read_text() != text:
+        partial = view / f"{os.getpid()}.partial"
+        partial.write_text(text)
+        partial.rename(view / card.name)
+    return view
+
+
+def patterns(data_files: str | dict | list) -> list[str]:
+    """The paths in a config's data_files, in each form that a card may have."""
+    if isinstance(data_files, list):
+        return [pattern for entry in data_files for pattern in patterns(entry)]
+    return patterns(data_files["path"]) if isinstance(data_files, dict) else [data_files]
 
 
 def whole(folder: Path, task: str, old: Path) -> bool:
@@ -89,10 +109,10 @@ def main(argv: list[str]) -> int:
             return not whole(Path(folder), task, Path(old))
         case ["judge"]:
             problems = [problem for problem in [judge()] if problem]
-        case ["data", *tasks]:
+        case ["data", folder, *tasks]:
             for name in dict.fromkeys(column["data"] for column in COLUMNS if column["task"] in tasks):
                 try:
-                    print(name, snapshot(name))
+                    view(Path(folder), name)
                 except ValueError as error:
                     problems.append(str(error))
         case _:

@@ -1,4 +1,4 @@
-"""scripts/eval.sh over the paper's suite: lmms-eval's stock tasks, unmodified, on the stand-ins of scripts/standins.py."""
+"""scripts/eval.sh over the paper's suite: lmms-eval's stock tasks, unmodified, on what scripts/standins.py makes."""
 
 import json
 import os
@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import psutil
 import pytest
+import tomllib
 
 from tests.conftest import ROOT
 
@@ -38,7 +38,9 @@ def checkpoint(tmp_path_factory, llava, vision_tower):
     folder = tmp_path_factory.mktemp("checkpoint") / "llava"
     folder.mkdir()
     text = folder / "text.txt"
-    text.write_text("A chat between a curious user and an artificial intelligence assistant. what color is the shape?\n")
+    text.write_text(
+        "A chat between a curious user and an artificial intelligence assistant. what color is the shape?\n"
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(text), model_prefix=str(folder / "tokenizer"), vocab_size=400, model_type="bpe", byte_fallback=True,
         user_defined_symbols=WORDS, num_threads=1, minloglevel=2, hard_vocab_limit=False,
@@ -50,7 +52,7 @@ def checkpoint(tmp_path_factory, llava, vision_tower):
         llava.LlavaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=2048, mm_vision_tower=str(vision_tower), mm_hidden_size=16,
-            mm_projector_type="linear", mm_vision_select_layer=-2, mm_use_im_patch_token=False,
+            mm_projector_type="linear", mm_vision_select_layer=-2, mm_use_im_patch_token=False, initializer_range=0.5,
         )
     )  # fmt: skip
     words = tokenizer.convert_tokens_to_ids(WORDS)
@@ -80,17 +82,14 @@ def suite(tmp_path, standins, checkpoint):
     def start(tasks=TASKS, ranks=1, **environment):
         config = f'base = "llava-tiny-suite"\ntasks = {json.dumps(tasks)}\nranks = {ranks}\n'
         (root / "scripts/configs/llava-mine.toml").write_text(config)
-        environment = {"HF_HOME": str(standins), "MMBENCH_JUDGE": "rules"} | environment
+        environment = {"EVAL_DATA": str(standins), "MMBENCH_JUDGE": "rules"} | environment
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MMBENCH", "OPENAI"))}
-        return subprocess.Popen(
-            [root / "scripts/eval.sh", "llava-mine"], env=inherited | environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+        command, environment = [root / "scripts/eval.sh", "llava-mine"], inherited | environment
+        log = (root / "log.txt").open("w")
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def evaluate(*args, **environment):
-        process = start(*args, **environment)
-        out, err = process.communicate()
-        return process.returncode, out, err
+        return start(*args, **environment).wait(), (root / "log.txt").read_text()
 
     evaluate.start, evaluate.out, evaluate.root = start, run / "eval/llava-mine", root
     return evaluate
@@ -120,9 +119,159 @@ def check_columns(out, tasks):
 def test_all_18_tasks_run_and_give_the_papers_19_columns(suite):
     assert len(TASKS) == 18 and len(COLUMNS) == 19
     start = time.time()
-    code, out, err = suite()
-    print(f"{time.time() - start:.0f} s\n{out}")
-    assert code == 0, err
+    code, log = suite()
+    print(f"{time.time() - start:.0f} s\n{log}")
+    assert code == 0, log
     check_columns(suite.out, TASKS)
-    code, out, err = suite()
-    assert code == 0 and out.count("is whole, skipped") == 18
+    # The answers in which MMMU's and MMT-Bench's rules find no option: these get a random letter.
+    for task in ("mmmu_val", "mmt_val"):
+        rows = [row for row in results(suite.out / task)[1] if row["doc"].get("question_type") != "open"]
+        named = [any(letter in row["filtered_resps"][0].split() for letter in "ABCD") for row in rows]
+        counts = json.loads((suite.out / task / "no_option.json").read_text())
+        assert counts["no_option"] == named.count(False) > 0, (counts, named)
+    code, log = suite()
+    assert code == 0 and log.count("is whole, skipped") == 18
+
+
+def says(row):
+    """The letter that MMBench's rules should find in an answer of WORDS: the letter alone, or the one option named."""
+    answer = row["filtered_resps"][0]
+    named = [letter for letter in "ABCD" if row["doc"][letter] in answer]
+    return answer if answer in "ABCD" else named[0] if len(named) == 1 else None
+
+
+def test_two_processes_answer_as_one_and_without_a_judge_no_option_is_wrong(suite):
+    task = "mmbench_en_dev"
+    code, log = suite([task])
+    assert code == 0, log
+    check_columns(suite.out, [task])
+    one = suite.out.rename(suite.out.with_name("one"))
+    code, log = suite([task], ranks=2)
+    assert code == 0 and "on 2 x cpu" in log, log
+    assert answers(suite.out / task) == answers(one / task)
+    _, rows = results(one / task)
+    assert len({row["filtered_resps"][0] for row in rows}) > 4  # the model does not say one thing always
+    right = {row["doc"]["index"] % 1_000_000 for row in rows}
+    right -= {row["doc"]["index"] % 1_000_000 for row in rows if says(row) != row["doc"]["answer"]}
+    for folder in (one, suite.out):
+        assert results(folder / task)[0]["gpt_eval_score,none"] == 100 * len(right) / 4
+        counts = json.loads((folder / task / "no_option.json").read_text())
+        assert counts == {"rows": 16, "no_option": sum(says(row) is None for row in rows), "then": "wrong"}
+        assert 0 < counts["no_option"] < 16
+
+
+@pytest.fixture
+def judge():
+    """judge(reply, ...): a server's address that gives these replies, the last one ever after; .asked are the requests'
+    models and keys."""
+    servers, asked = [], []
+
+    def serve(*replies):
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                asked.append((request["model"], self.headers["Authorization"]))
+                reply = replies[min(len(asked), len(replies)) - 1]
+                self.send_response(200 if reply else 503)
+                self.end_headers()
+                self.wfile.write(json.dumps({"choices": [{"message": {"content": reply}}]}).encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}/v1/chat/completions"
+
+    serve.asked = asked
+    yield serve
+    for server in servers:
+        server.shutdown()
+
+
+@pytest.mark.suite
+def test_a_judge_is_asked_and_what_it_cannot_tell_is_wrong_not_random(suite, judge, tmp_path):
+    task, key = "mmbench_en_dev", tmp_path / "key"
+    key.write_text("secret\n")
+    url = judge("A", "I cannot tell")
+    settings = {"MMBENCH_JUDGE": url, "MMBENCH_MODEL": "some-model", "OPENAI_API_KEY_FILE": str(key)}
+    code, log = suite([task], **settings)
+    assert code == 0, log
+    assert len(judge.asked) > 3 and set(judge.asked) == {("some-model", "Bearer secret")}
+    counts = json.loads((suite.out / task / "no_option.json").read_text())
+    assert counts["then"] == f"some-model at {url}" and counts["no_option"] > 0
+    assert "secret" not in (suite.out / task / "log.txt").read_text() + log
+    shutil.rmtree(suite.out / task)
+    assert suite([task])[0] == 0  # by the rules alone
+    assert results(suite.out / task)[0]["gpt_eval_score,none"] == 0
+
+
+@pytest.mark.suite
+def test_a_judge_that_goes_away_ends_the_run(suite, judge):
+    code, log = suite(["mmbench_en_dev"], MMBENCH_JUDGE=judge("A", ""))
+    assert code == 1 and "does not answer" in log and not (suite.out / "mmbench_en_dev").exists()
+
+
+@pytest.mark.parametrize(
+    "tasks,environment,message",
+    [
+        (["mme", "mmbench_en_dev"], {"MMBENCH_JUDGE": ""}, "MMBENCH_JUDGE=rules calls them wrong"),
+        (["mmbench_en_dev"], {"MMBENCH_JUDGE": "gpt"}, "MMBENCH_JUDGE=rules calls them wrong"),
+        (["mmbench_en_dev"], {"MMBENCH_JUDGE": "http://127.0.0.1:9/v1"}, "at http://127.0.0.1:9/v1, does not answer"),
+        (["mme", "gqa"], {"EVAL_DATA": "/nowhere"}, "the data set lmms-lab/GQA is not in /nowhere/lmms-lab/GQA"),
+        (["mme", "refcoco_bbox_val"], {"PATH": "{without_java}"}, "install Java"),
+    ],
+)
+def test_what_a_task_lacks_is_told_before_the_first_one_starts(suite, tmp_path, tasks, environment, message):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "env", "dirname", "mkdir", "flock", "realpath"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    environment = {key: value.format(without_java=tools) for key, value in environment.items()}
+    code, log = suite(tasks, **environment)
+    assert code == 2 and message in log and "Traceback" not in log
+    assert [path.name for path in suite.out.iterdir()] == [".lock"]
+
+
+def test_a_data_set_of_which_a_part_is_missing_is_told(suite, standins, tmp_path):
+    shutil.copytree(standins / "lmms-lab/MME", tmp_path / "lmms-lab/MME")
+    (file,) = tmp_path.glob("lmms-lab/MME/*/*.parquet")
+    file.rename(file.with_name("test-00000-of-00002.parquet"))
+    code, log = suite(["mme"], EVAL_DATA=str(tmp_path))
+    assert code == 2 and "default has 1 of 00002 test-* files: download lmms-lab/MME again" in log
+
+
+def wait_for(condition):
+    while not condition():
+        time.sleep(0.05)
+
+
+@pytest.mark.suite
+def test_killed_and_continued_ends_as_if_it_had_not_been(suite):
+    """SIGKILL of all, SIGKILL of eval.sh alone (its task goes on, and is waited for), SIGTERM."""
+    tasks = ["mmmu_val", "mme"]
+    code, log = suite(tasks)
+    assert code == 0, log
+    whole = suite.out.rename(suite.out.with_name("whole"))
+    log = suite.out / ".mmmu_val.partial/log.txt"
+
+    def running():
+        return [p for p in psutil.process_iter(["cmdline"]) if str(suite.root) in " ".join(p.info["cmdline"] or ())]
+
+    for kill in (
+        lambda process: os.killpg(process.pid, signal.SIGKILL),
+        lambda process: process.kill(),
+        lambda process: process.terminate(),
+    ):
+        process = suite.start(tasks)
+        wait_for(lambda: log.exists() and "Running generate_until" in log.read_text())
+        kill(process)
+        code = process.wait()
+        if code == 143:
+            wait_for(lambda: not running())
+    code, out = suite(tasks)
+    assert code == 0, out
+    for task in tasks:
+        assert results(suite.out / task)[0] == results(whole / task)[0]
+        assert answers(suite.out / task) == answers(whole / task)
