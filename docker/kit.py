@@ -40,6 +40,9 @@ def engine() -> docker.DockerClient:
 
 
 def build(args) -> None:
+    for pair in args.build_arg:
+        if "=" not in pair:
+            fail(f"--build-arg '{pair}': give NAME=VALUE")
     client = engine()
     folder = client.info()["DockerRootDir"]
     if Path(folder).is_dir() and (free := shutil.disk_usage(folder).free / 2**30) < NEED_GB[args.target]:

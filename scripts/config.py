@@ -13,6 +13,8 @@ import os
 import sys
 from pathlib import Path
 
+from vista_patch.config import VistaConfig
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -44,16 +46,18 @@ def load(name: str) -> dict:
     return config
 
 
-def _read(name: str) -> dict:
+def _read(name: str, above: tuple[str, ...] = ()) -> dict:
     path = CONFIGS / f"{name}.toml"
     if not path.is_file():
-        raise ConfigError(f"no experiment {name!r}: {_nearest(name, [p.stem for p in CONFIGS.glob('*.toml')])}")
+        raise ConfigError(f"no experiment {name!r}: {_nearest(str(name), [p.stem for p in CONFIGS.glob('*.toml')])}")
+    if name in above:
+        raise ConfigError(f"{path}: the bases go round: {' -> '.join([*above, name])}")
     try:
         config = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # no TOML, or no UTF-8
         raise ConfigError(f"{path}: {error}") from None
     base = config.pop("base", None)
-    return _override(_read(base), config, f"{path}: ") if base else config
+    return _override(_read(base, (*above, name)), config, f"{path}: ") if base else config
 
 
 def _override(base: dict, changes: dict, where: str) -> dict:
@@ -66,7 +70,8 @@ def _override(base: dict, changes: dict, where: str) -> dict:
         elif isinstance(base[key], float) and type(value) is int:
             value = float(value)
         elif type(value) is not type(base[key]):
-            raise ConfigError(f"{where}{key} = {value!r} must be {type(base[key]).__name__}, as {base[key]!r}")
+            right = "a table" if isinstance(base[key], dict) else f"{type(base[key]).__name__}, as {base[key]!r}"
+            raise ConfigError(f"{where}{key} = {value!r} must be {right}")
         merged[key] = value
     return merged
 
@@ -80,12 +85,17 @@ def flags(config: dict, stage: str) -> list[str]:
     """Flags for one stage of train.py. Accumulation keeps the global batch whatever the number of ranks."""
     stage_flags = dict(config[stage])
     global_batch, per_device = stage_flags.pop("global_batch"), stage_flags["per_device_train_batch_size"]
-    accumulate, rest = divmod(global_batch, per_device * config["ranks"])
-    if rest or not accumulate:
+    at_once = per_device * config["ranks"]
+    accumulate, rest = divmod(global_batch, at_once) if at_once > 0 else (0, 0)
+    if rest or accumulate < 1:
         raise ConfigError(
             f"[{stage}] global_batch {global_batch} is not a multiple of per_device_train_batch_size {per_device} "
             f"x ranks {config['ranks']}: change one of the three (PER_DEVICE and RANKS set the last two)"
         )
+    try:
+        VistaConfig(**{key.removeprefix("vista_").replace("vista", "metric"): v for key, v in config["vista"].items()})
+    except ValueError as error:
+        raise ConfigError(f"[vista] {error}") from None
     values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}
     words = []
     for key, value in values.items():
@@ -104,8 +114,13 @@ def main(argv: list[str]) -> int:
                 print(*(value if isinstance(value, list) else [value]), sep="\n")
             case [name, "pretrain" | "finetune" as stage]:
                 print(*flags(load(name), stage), sep="\n")
+            case [_, stage]:
+                raise ConfigError(f"no stage {stage!r}: choose pretrain or finetune")
             case _:
                 raise ConfigError(__doc__.strip())
+    except KeyError as error:
+        print(f"config: {argv[0]} has no key {error}: give it a base", file=sys.stderr)
+        return 2
     except ConfigError as error:
         print(f"config: {error}", file=sys.stderr)
         return 2

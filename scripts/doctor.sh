@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 profile=${1:?usage: scripts/doctor.sh tiny|full [BACKBONE]...}
+[[ $profile == @(tiny|full) ]] || { echo "doctor: no profile '$profile': choose tiny or full" >&2 && exit 2; }
 shift
 problems=0
 problem() { echo "doctor: $*" >&2 && problems=1; }

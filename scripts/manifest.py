@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import config
@@ -48,19 +49,27 @@ parser.add_argument("--seeds", type=int, default=1)
 parser.add_argument("experiments", nargs="+")
 args = parser.parse_args()
 
-configs = {name: config.load(name) for name in args.experiments}
+try:
+    configs = {name: config.load(name) for name in args.experiments}
+except config.ConfigError as error:
+    sys.exit(f"manifest: {error}")
 first = configs[args.experiments[0]]
 run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
+source, lock = Path(f"upstream/{backbone}.source"), Path(environment, "lock.sha256")
+if not source.is_file():
+    sys.exit(f"manifest: {source} is missing: run scripts/upstream.sh {backbone}")
+if not lock.is_file():
+    sys.exit(f"manifest: {environment} is missing: make it with scripts/env.sh")
 data = run / "data" / "manifest.json"
 parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
 commit = os.environ.get("KIT_COMMIT") or git("rev-parse", "HEAD")
 told = subprocess.run([f"{environment}/bin/python", "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
 manifest = {
     "kit": {"commit": commit, "changed": bool(git("status", "--porcelain"))},
-    "upstream": Path(f"upstream/{backbone}.source").read_text().strip(),
+    "upstream": source.read_text().strip(),
     "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
     "environment": {
-        "lock": Path(environment, "lock.sha256").read_text().strip(),
+        "lock": lock.read_text().strip(),
         **json.loads(told),
     },
     "data": sha256(data) if data.is_file() else None,
@@ -72,6 +81,7 @@ manifest = {
         for name, loaded in configs.items()
     },
 }
+run.mkdir(parents=True, exist_ok=True)
 partial = run / f"manifest-{backbone}.json.partial"
 partial.write_text(json.dumps(manifest, indent=1))
 os.replace(partial, run / f"manifest-{backbone}.json")

@@ -18,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
+from zipfile import BadZipFile
 
 import jinja2
 import numpy as np
@@ -162,9 +163,10 @@ def load_run(run, variants):
             for stage, suffix in STAGES.items():
                 logs[seed, name, stage] = load_log(run / seed / f"{name}{suffix}")
             path = run / seed / "probe" / f"{name}.npz"
-            if not path.exists():
-                refuse(path, "is missing", f"Run scripts/probe.sh {name} {seed[4:]}.")
-            probes[seed, name] = dict(np.load(path))
+            try:
+                probes[seed, name] = dict(np.load(path))
+            except (OSError, EOFError, ValueError, BadZipFile) as error:
+                refuse(path, f"is missing or broken ({error})", f"Remove it, run scripts/probe.sh {name} {seed[4:]}.")
     usual = load_usual_answers(run / "data" / "finetune.json")
     return SimpleNamespace(
         seeds=seeds, variants=variants, tasks=tasks, evals=evals, logs=logs, probes=probes, usual_answers=usual
@@ -327,7 +329,12 @@ def main(folder):
     r["versions"]["python"] = platform.python_version()
     r["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     manifests = sorted(folder.glob("manifest-*.json"))
-    r["manifests"] = {path.stem.removeprefix("manifest-"): json.loads(path.read_text()) for path in manifests}
+    r["manifests"] = {}
+    for path in manifests:
+        try:
+            r["manifests"][path.stem.removeprefix("manifest-")] = json.loads(path.read_text())
+        except ValueError as error:
+            refuse(path, f"not a manifest ({error})", "Run scripts/manifest.py again.")
 
     for baseline, run in runs.items():
         report_figures.draw(run, groups[baseline], folder / "figures" / baseline)

@@ -19,7 +19,7 @@ while (($#)); do
         --dry-run) dry_run=1 ;;
         *) echo "reproduce: unknown option $1" >&2 && usage ;;
     esac
-    shift
+    shift || true # a flag without its value
 done
 case $backbone-$profile in
     llava-tiny | tinyllava-tiny) baselines=("$backbone-tiny") ;;

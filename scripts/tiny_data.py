@@ -261,7 +261,7 @@ def files(folder):
 def main(out):
     if out.exists():
         manifest, expected = out / "manifest.json", {"script": sha256(Path(__file__)), "files": files(out)}
-        if not manifest.exists() or json.loads(manifest.read_text()) != expected:
+        if not manifest.is_file() or manifest.read_text() != json.dumps(expected, indent=1):
             sys.exit(f"{out} is not what this version of scripts/tiny_data.py writes: delete that folder and run again")
         return print(f"{out}: whole, nothing to do")
     partial = out.with_name(out.name + ".partial")
@@ -278,4 +278,6 @@ def main(out):
 
 
 if __name__ == "__main__":
+    if sys.argv[2:] or sys.argv[-1].startswith("-"):
+        sys.exit(__doc__)
     main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/tiny/data"))

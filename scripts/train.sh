@@ -18,6 +18,7 @@ usage='usage: scripts/train.sh EXPERIMENT pretrain|finetune [SEED [replay]]'
 experiment=${1:?$usage} stage=${2:?$usage} seed=${3:-0} replay=${4:-}
 nodes=${NNODES:-1} node=${NODE_RANK:-0} port=${MASTER_PORT:-29500}
 fail() { echo "$stage: $*" >&2 && exit 2; }
+[[ $seed =~ ^[0-9]+$ ]] || fail "seed '$seed': give a number from 0 on"
 if [[ ${HOSTFILE:-} ]]; then
     [[ -f $HOSTFILE ]] || fail "HOSTFILE=$HOSTFILE: no such file" # deepspeed would train on this machine alone
     RANKS=$(sed -nE 's/^[^#]*slots=([0-9]+).*/\1/p' "$HOSTFILE" | paste -sd+)

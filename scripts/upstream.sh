@@ -15,7 +15,8 @@ pin=$(python - "$name" <<'EOF'
 import sys, tomllib
 upstreams = tomllib.load(open("patches/upstreams.toml", "rb"))
 if sys.argv[1] not in upstreams:
-    sys.exit(f"upstream: no upstream {sys.argv[1]!r}: choose {', '.join(upstreams)}")
+    print(f"upstream: no upstream {sys.argv[1]!r}: choose {', '.join(upstreams)}", file=sys.stderr)
+    sys.exit(2)
 pin = upstreams[sys.argv[1]]
 package = pin.get("package", {"requirement": "-", "sha256": "-"})
 print(pin["url"], pin["commit"], package["requirement"], package["sha256"], *pin["sparse"])

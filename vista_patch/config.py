@@ -34,6 +34,8 @@ class VistaConfig:
     @classmethod
     def from_dict(cls, settings: dict) -> "VistaConfig":
         """Reads `model.config.vista`. Raises ValueError on an unknown key, naming the nearest one."""
+        if not isinstance(settings, dict):
+            raise ValueError(f"model.config.vista is {settings!r}: give a dict such as {{'metric': 'l2'}}")
         keys = [field.name for field in fields(cls)]
         for key in settings:
             if key not in keys:
