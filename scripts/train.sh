@@ -62,7 +62,7 @@ if [[ ${DRY_RUN:-} ]]; then
     exit 0
 fi
 settings="$ranks ranks: ${program[*]}"
-if [[ -f $out/command && ! $replay ]]; then
+if [[ -s $out/command && ! $replay ]]; then
     # Once it is done, it does not matter how the global batch was spread.
     machine=
     [[ ! -f $out/done ]] ||

@@ -52,7 +52,7 @@ for stage in (2, 3):
 EOF
 }
 
-if [[ ! -f $tree.source ]]; then
+if [[ ! -s $tree.source ]]; then
     rm -rf "$tree" "$tree.partial"
     mkdir -p upstream
     if from_git; then

@@ -344,7 +344,7 @@ def test_it_gives_up_where_nothing_comes(tmp_path, monkeypatch):
             (source.downloads / "part").write_bytes(b"x" * 9)
         raise OSError("https://user:hf_secret@hub/file?signature=secret is cut")
 
-    with pytest.raises(download.DataError, match="^https://hub/file is cut: given up after 6 tries") as raised:
+    with pytest.raises(download.DataError, match=r"^https://hub/file is cut: given up after 6 tries") as raised:
         download.attempts(source, fail)
     assert waits == [1, 2, 4, 1, 2, 4, 8, 16] and "secret" not in str(raised.value)
 
