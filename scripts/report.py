@@ -2,9 +2,10 @@
 
     python scripts/report.py results/tiny
 
-Reads what training, scripts/eval.sh and scripts/probe.sh left in RUN_DIR/seed*/, and RUN_DIR/manifest-*.json.
-A baseline is an experiment whose name others extend: one per backbone. TASK_blind is TASK with a blank image. Figures
-and sentences are all computed; what is missing or odd is refused with one line that says what to do.
+Reads what training, scripts/eval.sh and scripts/probe.sh left in RUN_DIR/seed*/, and RUN_DIR/manifest-*.json, and says
+what is not there. A backbone's experiments are compared with its baseline, the config whose name theirs extend; what
+scripts/paper.toml names, with the paper too. TASK_blind is TASK with a blank image. Figures and sentences are all
+computed; a file that is odd is refused with one line that says what to do.
 """
 
 import base64
@@ -20,21 +21,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from zipfile import BadZipFile
 
+import config
 import jinja2
 import numpy as np
 import report_figures
+import tomllib
 from markdown import markdown
+from report_results import load_columns, load_task, refuse
 from scipy import stats
 
-METRIC = "exact_match"
+PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
 RESAMPLES = 10_000
 SEES, DIFFERS = 0.01, 0.05  # p below which the baseline is said to see, and two variants to differ
 STAGES = {"stage 1": "-pretrain", "stage 2": "-finetune"}
 TERMS = ("ce", "ce_swapped", "vista_mean", "vista_sum", "vista_cosine")
-
-
-def refuse(path, problem, remedy):
-    sys.exit(f"report.py: {path}: {problem}. {remedy}")
 
 
 # Statistics
@@ -47,15 +47,18 @@ def delta(scores, baseline):
 
 def resample(a_n, b_n, resamples=RESAMPLES, seed=0):
     """Means of a and of b, [2, resamples], over the same n samples drawn with replacement."""
-    rng, n, pairs = np.random.default_rng(seed), len(a_n), np.stack([a_n, b_n])
-    chunk = max(1, 10**7 // n)  # bounds the memory
+    pairs, count = np.unique(np.stack([a_n, b_n]), axis=1, return_counts=True)  # few differ: 214,354 rows in a second
+    rng, chunk = np.random.default_rng(seed), max(1, 10**7 // len(count))  # bounds the memory
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    return np.concatenate([pairs[:, rng.integers(n, size=(size, n))].mean(2) for size in sizes], axis=1)
+    draws = [rng.multinomial(count.sum(), count / count.sum(), size) @ pairs.T for size in sizes]
+    return np.concatenate(draws).T / count.sum()
 
 
 def interval(value, draws):
-    """A statistic with its 95% percentile interval and the two-sided bootstrap p of "it is 0"."""
-    if not np.isfinite([value, *draws]).all():  # a relative gain over 0
+    """A statistic with its 95% percentile interval and the two-sided bootstrap p of "it is 0"; without draws, alone."""
+    if draws is None and np.isfinite(value):
+        return {"value": float(value), "ci95": None, "p": None}
+    if draws is None or not np.isfinite([value, *draws]).all():  # a relative gain over 0
         return {"value": None, "ci95": None, "p": None}
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
     p = min(1, 2 * (tail + 1) / (len(draws) + 1))
@@ -70,34 +73,53 @@ def mcnemar(a_n, b_n):
     return float(stats.binomtest(better, better + worse, alternative="greater").pvalue)
 
 
+# The paper
+
+
+def paper_deltas():
+    """Each printed delta beside the one that its printed scores give, and whether rounding can explain the rest."""
+    rows = []
+    for name, tables in PAPER.items():
+        for table, printed in tables.items():
+            if "delta" not in printed:
+                continue
+            scores, base = printed["scores"], PAPER[baseline_of(name, PAPER)][table]["scores"]
+            computed = delta(scores, base)
+            rounding = 0.005 + np.mean([100 * 0.005 / b * (1 + s / b) for s, b in zip(scores, base, strict=True)])
+            row = {"name": name, "table": int(table), "printed": printed["delta"], "computed": computed}
+            rows.append(row | {"follows": bool(abs(computed - printed["delta"]) <= rounding)})
+    return rows
+
+
+def level(cell):
+    """Whether a score is the paper's. The paper's has a sampling error too, at most as large as ours if independent."""
+    if not cell["whole"]:
+        return "cannot tell: not the whole split"
+    if cell["stderr"] is None:
+        return "cannot tell: no standard error"
+    near = abs(cell["score"] - cell["paper"]) <= 1.96 * 2**0.5 * cell["stderr"]
+    return "within noise" if near else "differs"
+
+
+def claim(pair, whole):
+    """Whether an experiment's difference to its baseline is the paper's, as far as its 95% interval can say."""
+    if not whole:
+        return "cannot tell: not the whole split"
+    if pair["ci95"] is None:
+        return "cannot tell: no interval"
+    (low, high), paper = pair["ci95"], pair["paper"]
+    if low <= 0 <= high:
+        if paper == 0:
+            return "reproduced: no difference"
+        return "cannot tell: 0 and the paper's fit both" if low <= paper <= high else "not reproduced: too small"
+    if pair["value"] * paper <= 0:
+        return "not reproduced: the opposite" if paper else "not reproduced: a difference"
+    if low <= paper <= high:
+        return "reproduced"
+    return f"reproduced, but {'larger' if abs(pair['value']) > abs(paper) else 'smaller'}"
+
+
 # Reading
-
-
-def load_task(folder):
-    """lmms-eval's output of one task: its version and {question_id: (right 0/1, question, answer)}."""
-    task, again = folder.name, "Run scripts/eval.sh for it again."
-    files = sorted(folder.glob("*/[0-9]*_results.json"))
-    if len(files) != 1:
-        refuse(folder, f"has {len(files)} results files instead of one", again)
-    try:
-        results = json.loads(files[0].read_text())
-        score, n = results["results"][task][f"{METRIC},none"], results["n-samples"][task]["effective"]
-        samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
-        rows = [json.loads(line) for line in samples.read_text().splitlines()]
-        docs = [row["doc"] for row in rows]
-        answered = {
-            doc["question_id"]: (float(row[METRIC]), doc["question"], doc["answer"])
-            for doc, row in zip(docs, rows, strict=True)
-        }
-        version = results["versions"][task]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(files[0], f"not a whole lmms-eval result of {task} ({type(error).__name__}: {error})", again)
-    if not n or not len(answered) == len(rows) == n:
-        refuse(files[0], f"says n = {n}, its samples: {len(rows)} rows, {len(answered)} question ids", again)
-    right = [right for right, *_ in answered.values()]
-    if not set(right) <= {0, 1} or abs(np.mean(right) - score) > 1e-6:
-        refuse(files[0], f"its {METRIC} {score} is not the mean of its 0/1 samples", again)
-    return SimpleNamespace(version=version, answered=answered)
 
 
 def load_log(folder):
@@ -128,55 +150,76 @@ def load_usual_answers(path):
     return {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
 
 
+def baseline_of(name, names):
+    """The shortest of names that this one extends, or itself."""
+    return next((b for b in sorted(names, key=len) if name == b or name.startswith(f"{b}-")), name)
+
+
 def load_runs(run):
-    """{baseline: load_run of it and the variants whose names extend it}, one for each backbone."""
-    names = sorted({p.name for p in run.glob("seed*/eval/*")}, key=lambda name: (len(name), name))
-    if not names:
+    """{baseline: load_run of it and of the experiments that extend its name}, and which of the paper's baselines have
+    no experiment evaluated, although another has."""
+    evaluated = {p.name for p in run.glob("seed*/eval/[!.]*")}
+    if not evaluated:
         refuse(run, "has no seed*/eval folder", "Run scripts/eval.sh first.")
-    groups = {}
-    for name in names:
-        groups.setdefault(next((b for b in groups if name.startswith(f"{b}-")), name), []).append(name)
-    for baseline, variants in groups.items():
-        if len(variants) < 2:
-            refuse(run, f"{baseline} is evaluated alone", "A baseline and its -variants are needed.")
-    runs = {baseline: load_run(run, variants) for baseline, variants in groups.items()}
-    if len({(*r.seeds, *r.tasks) for r in runs.values()}) > 1:
-        refuse(run, f"{' and '.join(runs)} have other tasks or seeds", "Run scripts/eval.sh for what is missing.")
-    return runs
+    known = evaluated | {path.stem for path in config.CONFIGS.glob("*.toml")}
+    groups = defaultdict(set)
+    for name in evaluated | (PAPER.keys() if evaluated & PAPER.keys() else set()):
+        groups[baseline_of(name, known)] |= {name, baseline_of(name, known)}
+
+    def order(name):  # as in the paper, then ablations
+        return list(PAPER).index(name) if name in PAPER else len(PAPER), len(name), name
+
+    absent = [baseline for baseline in sorted(groups) if not groups[baseline] & evaluated]
+    there = sorted(groups.keys() - set(absent), key=order)
+    return {baseline: load_run(run, sorted(groups[baseline], key=order)) for baseline in there}, absent
 
 
 def load_run(run, variants):
-    """seeds, variants (baseline first), tasks; evals[seed, variant, task], logs[seed, variant, stage],
-    probes[seed, variant]; usual_answers[question]."""
-    baseline = variants[0]
-    seeds = sorted({p.parts[-3] for p in run.glob(f"seed*/eval/{baseline}")}, key=lambda name: int(name[4:]))
-    tasks = sorted(p.name for p in run.glob(f"{seeds[0]}/eval/{baseline}/[!.]*") if not p.match("*_blind"))
-    evals, logs, probes = {}, {}, {}
-    for seed in seeds:
-        for name in variants:
-            for task in tasks + [f"{task}_blind" for task in tasks if name == baseline]:
-                folder = run / seed / "eval" / name / task
-                evals[seed, name, task] = load_task(folder)
-                asked = evals[seeds[0], baseline, task.removesuffix("_blind")].answered.keys()
-                if evals[seed, name, task].answered.keys() != asked:
-                    refuse(folder, "answers other questions than the baseline", "Run scripts/eval.sh again.")
-            for stage, suffix in STAGES.items():
-                logs[seed, name, stage] = load_log(run / seed / f"{name}{suffix}")
-            path = run / seed / "probe" / f"{name}.npz"
-            try:
-                probes[seed, name] = dict(np.load(path))
-            except (OSError, EOFError, ValueError, BadZipFile) as error:
-                refuse(path, f"is missing or broken ({error})", f"Remove it, run scripts/probe.sh {name} {seed[4:]}.")
-    usual = load_usual_answers(run / "data" / "finetune.json")
-    return SimpleNamespace(
-        seeds=seeds, variants=variants, tasks=tasks, evals=evals, logs=logs, probes=probes, usual_answers=usual
+    """seeds, variants (baseline first), columns, blind (tasks that have one); results[name, column][seed],
+    logs[seed, name, stage], probes[seed, name], usual_answers[question]; missing, a sentence each."""
+    r = SimpleNamespace(variants=variants, results=defaultdict(dict), logs={}, probes={}, missing=[], usual_answers={})
+    r.seeds = sorted(
+        {p.parts[-3] for name in variants for p in run.glob(f"seed*/eval/{name}")}, key=lambda s: int(s[4:])
     )
+    found = {(s, name): sorted((run / s / "eval" / name).glob("[!.]*")) for s in r.seeds for name in variants}
+    planned = {name: planned_tasks(name) for name in variants}
+    tasks = {task for some in planned.values() for task in some} | {p.name for some in found.values() for p in some}
+    r.columns = load_columns({task for task in tasks if not task.endswith("_blind")})
+    r.blind = sorted(task.removesuffix("_blind") for task in tasks if task.endswith("_blind"))
+    units = {}
+    for (seed, name), folders in found.items():
+        for folder in folders:
+            for column, result in load_task(folder, load_columns({folder.name})).items():
+                r.results[name, column][seed] = result
+                if result.units and result.units != units.setdefault(column.removesuffix("_blind"), result.units):
+                    refuse(folder, "answers other questions than the others", "Run scripts/eval.sh again.")
+        if not folders:
+            r.missing.append(f"{name}, {seed}: not evaluated")
+            continue
+        if lacks := [task for task in planned[name] if task not in {p.name for p in folders}]:
+            r.missing.append(f"{name}, {seed}: not evaluated on {', '.join(lacks)}")
+        stages = {stage: run / seed / f"{name}{suffix}" for stage, suffix in STAGES.items()}
+        r.logs |= {(seed, name, s): load_log(p) for s, p in stages.items() if (p / "trainer_state.json").exists()}
+        if lacks := [stage for stage in stages if (seed, name, stage) not in r.logs]:
+            r.missing.append(f"{name}, {seed}: no trainer_state.json of {' and '.join(lacks)}")
+        path = run / seed / "probe" / f"{name}.npz"
+        if path.exists():
+            try:
+                r.probes[seed, name] = dict(np.load(path))
+            except (OSError, EOFError, ValueError, BadZipFile) as error:
+                refuse(path, f"is broken ({error})", f"Remove it and run scripts/probe.sh {name} {seed[4:]}.")
+        elif (run / "data").is_dir():  # the miniature's, whose held-out images are what is probed
+            r.missing.append(f"{name}, {seed}: not probed (scripts/probe.sh {name} {seed[4:]})")
+    if any(f"{task}_blind" in {p.name for p in folders} for task in r.blind for folders in found.values()):
+        r.usual_answers = load_usual_answers(run / "data" / "finetune.json")
+    return r
 
 
-def right(run, name, task):
-    """[seeds, n] 0/1, questions in the baseline's order."""
-    order = run.evals[run.seeds[0], run.variants[0], task.removesuffix("_blind")].answered
-    return np.array([[run.evals[seed, name, task].answered[i][0] for i in order] for seed in run.seeds])
+def planned_tasks(name):
+    try:
+        return config.load(name)["tasks"]
+    except config.ConfigError:  # an experiment of another checkout: what is there counts
+        return []
 
 
 # What the report says
@@ -186,62 +229,107 @@ def sd(values):
     return float(np.std(values, ddof=1)) if len(values) > 1 and np.isfinite(values).all() else None
 
 
+def per_unit(run, name, column, seeds):
+    """{stratum: [n]} of one experiment and column, seeds averaged: questions are what is sampled. None: unknown."""
+    results = [run.results[name, column][seed] for seed in seeds]
+    if not all(result.units for result in results):
+        return None
+    return {stratum: np.mean([r.value[stratum] for r in results], axis=0) for stratum in results[0].units}
+
+
+def cell(run, name, column):
+    """One experiment's score in one column, or None where there is none."""
+    results = run.results[name, column.name]
+    if not results:
+        return None
+    one, per_seed, stderr = next(iter(results.values())), [result.score for result in results.values()], None
+    if value := per_unit(run, name, column.name, results):
+        stderr = float(np.linalg.norm([stats.sem(stratum) for stratum in value.values()]))
+    out = {
+        "n": sum(map(len, one.units.values())) if one.units else one.rows,
+        "whole": column.n in (None, one.rows),  # the split
+        "score": float(np.mean(per_seed)),
+        "stderr": stderr if stderr is None or np.isfinite(stderr) else None,
+        "per_seed": per_seed,
+        "seed_sd": sd(per_seed),
+        "version": one.version,
+    }
+    if name in PAPER and column.table:
+        order = [c.name for c in load_columns() if c.table == column.table]
+        out["paper"] = PAPER[name][str(column.table)]["scores"][order.index(column.name)]
+        out["verdict"] = level(out)
+    return out
+
+
 def scores(run):
-    """table[variant][task], paired[variant][task] (points) and delta[variant] (%), as the paper's Table 1."""
+    """table[variant][column] (None: missing), paired[variant][column] (in the column's units) and
+    delta[variant][table] (%), as in the paper's tables."""
     baseline, *others = run.variants
-    table, paired, gains = {}, {}, {}
-    for name in run.variants:
-        table[name] = {}
-        for task in run.tasks:
-            right_sn = right(run, name, task)
-            per_question = right_sn.mean(0)  # questions are what is sampled: average the seeds first
-            table[name][task] = {
-                "n": len(per_question),
-                "score": float(right_sn.mean()),
-                "stderr": float(stats.sem(per_question)),
-                "per_seed": right_sn.mean(1).tolist(),
-                "seed_sd": sd(right_sn.mean(1)),
-                "version": run.evals[run.seeds[0], name, task].version,
-            }
-    base = table[baseline]
+    table = {name: {c.name: cell(run, name, c) for c in run.columns} for name in run.variants}
+    paired, gains = {name: {} for name in others}, {name: {} for name in others}
     for name in others:
-        pairs = {
-            task: resample(right(run, name, task).mean(0), right(run, baseline, task).mean(0), seed=k)
-            for k, task in enumerate(run.tasks)  # a seed each: the delta's tasks are drawn independently
-        }
-        paired[name] = {
-            task: interval(100 * (table[name][task]["score"] - base[task]["score"]), 100 * (a - b))
-            for task, (a, b) in pairs.items()
-        }
-        with np.errstate(divide="ignore", invalid="ignore"):
-            draws = np.mean([100 * (a / b - 1) for a, b in pairs.values()], axis=0)
-        value = delta(*([cells[t]["score"] for t in run.tasks] for cells in (table[name], base)))
-        per_seed = [
-            delta(*([cells[t]["per_seed"][k] for t in run.tasks] for cells in (table[name], base)))
-            for k in range(len(run.seeds))
-        ]
-        gains[name] = interval(value, draws) | {"seed_sd": sd(per_seed)}
+        both = {}  # column: its scores and bootstrap draws, [ours, baseline] each, and the seeds
+        for k, column in enumerate(run.columns):
+            results = [run.results[n, column.name] for n in (name, baseline)]
+            seeds = [seed for seed in run.seeds if all(seed in result for result in results)]
+            if not seeds:
+                continue
+            a, b = (per_unit(run, n, column.name, seeds) for n in (name, baseline))
+            # A seed each: the delta's columns are drawn independently.
+            draws = a and b and sum(resample(a[s], b[s], seed=[k, i]) for i, s in enumerate(a))
+            score = [np.mean([result[seed].score for seed in seeds]) for result in results]
+            both[column.name] = score, draws, seeds
+            pair = interval(score[0] - score[1], None if draws is None else draws[0] - draws[1])
+            ours, base = table[name][column.name], table[baseline][column.name]
+            if "paper" in ours and "paper" in base:
+                pair["paper"] = ours["paper"] - base["paper"]
+                pair["verdict"] = claim(pair, ours["whole"] and base["whole"])
+            paired[name][column.name] = pair
+        for number in sorted({c.table for c in run.columns}):
+            columns = [c.name for c in run.columns if c.table == number]
+            there = [column for column in columns if column in both]
+            if there:
+                gains[name][number] = gain(run, name, there, [both[column] for column in there]) | {"of": len(columns)}
+                if all("paper" in table[name][column] for column in there):
+                    gains[name][number]["paper"] = delta(
+                        *([table[n][column]["paper"] for column in there] for n in (name, baseline))
+                    )
     return {"table": table, "paired": paired, "delta": gains}
+
+
+def gain(run, name, columns, both):
+    """A table's delta over the columns that are there, with its bootstrap and its spread over the seeds."""
+    score, draws, seeds = zip(*both, strict=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        known = all(draw is not None for draw in draws)
+        draws = np.mean([100 * (a / b - 1) for a, b in draws], axis=0) if known else None
+    per_seed = [
+        delta(*([run.results[n, column][seed].score for column in columns] for n in (name, run.variants[0])))
+        for seed in seeds[0]
+        if all(seed in some for some in seeds)
+    ]
+    return interval(delta(*zip(*score, strict=True)), draws) | {"seed_sd": sd(per_seed), "over": len(columns)}
 
 
 def sight(run):
     """Per task and seed: the baseline against the better of two image-blind answers to the same questions."""
     out = []
-    for task in run.tasks:
-        answered = run.evals[run.seeds[0], run.variants[0], task].answered.values()
-        frequent = np.array([float(run.usual_answers.get(q) == a) for _, q, a in answered])
-        images = right(run, run.variants[0], task), right(run, run.variants[0], f"{task}_blind")
-        for seed, true, blank in zip(run.seeds, *images, strict=True):
-            row = {"task": task, "seed": seed, "n": len(true), "baseline": float(true.mean())}
-            row |= {"blank_image": float(blank.mean()), "most_frequent": float(frequent.mean())}
-            row["p"] = mcnemar(true, max(blank, frequent, key=np.mean))
-            out.append(row)
+    for task, seed in ((task, seed) for task in run.blind for seed in run.seeds):
+        results = [run.results[run.variants[0], name].get(seed) for name in (task, f"{task}_blind")]
+        if None in results:
+            continue
+        (true,), (blank,) = (result.value.values() for result in results)
+        asked = [results[0].asked[unit] for unit in results[0].units[""]]
+        frequent = np.array([100.0 * (run.usual_answers.get(question) == answer) for question, answer in asked])
+        row = {"task": task, "seed": seed, "n": len(true), "baseline": float(true.mean())}
+        row |= {"blank_image": float(blank.mean()), "most_frequent": float(frequent.mean())}
+        out.append(row | {"p": mcnemar(true, max(blank, frequent, key=np.mean))})
     return out
 
 
 def probed(run, name):
     """Theorem 3.3's curve, the loss terms' sizes and the maps' averages of one variant, seeds averaged."""
-    probes = [run.probes[seed, name] for seed in run.seeds]
+    probes = [run.probes[seed, name] for seed in run.seeds if (seed, name) in run.probes]
     kl_nT = np.mean([probe["kl"] for probe in probes], axis=0)
     known = np.isfinite(kl_nT)
     slopes = [np.polyfit(np.flatnonzero(ok), row[ok], 1)[0] for row, ok in zip(kl_nT, known, strict=True)]
@@ -269,34 +357,52 @@ def probed(run, name):
 def verdicts(r):
     """The sentences at the report's top; those in capitals are warnings."""
     out = []
-    for task in r["table"][r["baseline"]]:
-        row = max((row for row in r["blind"] if row["task"] == task), key=lambda row: row["p"])
-        seed = f"{row['seed']}, the least sure of {len(r['seeds'])}" if len(r["seeds"]) > 1 else row["seed"]
+    for task in r["blind_tasks"]:
+        rows = [row for row in r["blind"] if row["task"] == task]
+        if not rows:
+            out.append(
+                f"NOT KNOWN whether {r['baseline']} sees ({task}): its answers or the blank image's are missing."
+            )
+            continue
+        row = max(rows, key=lambda row: row["p"])
+        seed = f"{row['seed']}, the least sure of {len(rows)}" if len(rows) > 1 else row["seed"]
         best = max(row["blank_image"], row["most_frequent"])
         source = "a blank image" if best == row["blank_image"] else "the question's most frequent answer in training"
         said = f"{r['baseline']} sees" if row["p"] < SEES else f"NO SIGHT in {r['baseline']}"
         out.append(
-            f"{said} ({task}, {seed}): {row['baseline']:.1%} right against {best:.1%} for the best image-"
+            f"{said} ({task}, {seed}): {row['baseline']:.1f}% right against {best:.1f}% for the best image-"
             f"blind answer ({source}), exact McNemar p = {row['p']:.2g}, n = {row['n']}."
         )
     if any(row["p"] >= SEES for row in r["blind"]):
         out.insert(0, f"NO COMPARISON WITH {r['baseline']} MEANS ANYTHING: a task shows no sight in it.")
-    for name, gain in r["delta"].items():
+    for name, cells in r["table"].items():
+        levels = Counter(cell["verdict"].partition(":")[0] for cell in cells.values() if cell and "verdict" in cell)
+        if levels:
+            out.append(f"{name}: of {len(cells)} columns, against the paper's scores: {counts(levels)}.")
+    for name, gains in r["delta"].items():
+        claims = Counter(re.split("[:,]", p["verdict"])[0] for p in r["paired"][name].values() if "verdict" in p)
+        if claims:
+            out.append(f"{name}: the paper's differences to {r['baseline']}, column by column: {counts(claims)}.")
+        for table, gain in gains.items():
+            if gain["value"] is None:
+                said = "is undefined, as a baseline score can be 0"
+            elif gain["p"] is None:
+                said = f"is {gain['value']:+.2f}%; no interval, as a column logs no per-sample scores"
+            else:
+                word = "better" if gain["value"] > 0 else "worse"
+                word = word if gain["p"] < DIFFERS else "no measurable difference"
+                said = f"is {gain['value']:+.2f}% (95% CI {ci(gain['ci95'])}, p = {gain['p']:.2g}): {word}"
+            where = f"{name}, Table {table}" if table else name
+            if gain["over"] < gain["of"]:
+                where += f" ({gain['over']} of {gain['of']} columns)"
+            out.append(f"{where}: the mean relative gain over {r['baseline']} {said}.")
         moved = [
-            f"{task} {pair['value']:+.1f} points (p = {pair['p']:.2g})"
-            for task, pair in r["paired"][name].items()
-            if pair["p"] < DIFFERS
+            f"{column} {pair['value']:+.1f} (p = {pair['p']:.2g})"
+            for column, pair in r["paired"][name].items()
+            if pair["p"] is not None and pair["p"] < DIFFERS
         ]
-        if gain["value"] is None:
-            said = "is undefined, as a baseline score can be 0"
-        else:
-            word = "better" if gain["value"] > 0 else "worse"
-            word = word if gain["p"] < DIFFERS else "no measurable difference"
-            said = f"is {gain['value']:+.2f}% (95% CI {ci(gain['ci95'])}, p = {gain['p']:.2g}): {word}"
-        out.append(
-            f"{name}: the mean relative gain over {r['baseline']} {said}. "
-            f"Tasks that differ at p < {DIFFERS}, uncorrected: {', '.join(moved) or 'none'}."
-        )
+        if gains:
+            out.append(f"{name}: columns that differ at p < {DIFFERS}, uncorrected: {', '.join(moved) or 'none'}.")
     for name, probe in r["probes"].items():
         t = probe["theorem"]
         word = "shows no trend" if t["slope_p"] >= DIFFERS else "falls" if t["slope"] < 0 else "rises"
@@ -306,6 +412,10 @@ def verdicts(r):
             f"n = {t['n']} answers."
         )
     return out
+
+
+def counts(counter):
+    return ", ".join(f"{n} {word}" for word, n in sorted(counter.items()))
 
 
 def ci(pair, spec="+.2f"):
@@ -318,12 +428,22 @@ def ci(pair, spec="+.2f"):
 def main(folder):
     if not folder.is_dir():
         refuse(folder, "is not a folder", "Give the run's folder, such as results/tiny.")
-    runs, groups = load_runs(folder), {}
+    (runs, absent), groups = load_runs(folder), {}
+    missing = [f"{baseline} and its variants: not evaluated" for baseline in absent]
     for baseline, run in runs.items():
-        group = {"seeds": run.seeds, "baseline": baseline} | scores(run) | {"blind": sight(run)}
-        group["probes"] = {name: probed(run, name) for name in run.variants}
+        group = {"seeds": run.seeds, "baseline": baseline} | scores(run)
+        group |= {"blind_tasks": run.blind, "blind": sight(run)}
+        group["probes"] = {name: probed(run, name) for name in run.variants if name in {n for _, n in run.probes}}
         groups[baseline] = group | {"verdicts": verdicts(group)}
-    r = {"metric": METRIC, "resamples": RESAMPLES, "groups": groups}
+        missing += run.missing
+        groups[baseline]["figures"] = report_figures.draw(run, group, folder / "figures" / baseline)
+    columns = {c.name: vars(c) for run in runs.values() for c in run.columns}
+    for name, column in columns.items():
+        cells = [cell for group in groups.values() for cells in group["table"].values() if (cell := cells.get(name))]
+        column |= {"ns": sorted({cell["n"] for cell in cells}), "version": cells[0]["version"] if cells else None}
+    r = {"resamples": RESAMPLES, "columns": columns, "groups": groups, "missing": missing}
+    r["paper_deltas"] = paper_deltas() if groups.keys() & PAPER.keys() else []
+    r["maps"] = sorted(path.relative_to(folder).as_posix() for path in folder.glob("maps/*.png"))
     packages = ("lmms-eval", "torch", "transformers", "deepspeed", "numpy", "scipy", "matplotlib")
     r["versions"] = {name: importlib.metadata.version(name) for name in packages}
     r["versions"]["python"] = platform.python_version()
@@ -336,20 +456,19 @@ def main(folder):
         except ValueError as error:
             refuse(path, f"not a manifest ({error})", "Run scripts/manifest.py again.")
 
-    for baseline, run in runs.items():
-        report_figures.draw(run, groups[baseline], folder / "figures" / baseline)
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=here, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    text = templates.get_template("report.md.j2").render(r, run=folder.as_posix(), ci=ci)
+    text = templates.get_template("report.md.j2").render(r, run=folder.as_posix(), ci=ci, paper=PAPER)
     body = markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
     body = re.sub(r"<table>.*?</table>", r'<div class="scroll">\g<0></div>', body, flags=re.DOTALL)
-    body = re.sub(r'src="(figures/.+?)"', lambda m: f'src="{data_uri(folder / m[1])}"', body)
+    body = re.sub(r'src="((?:figures|maps)/.+?)"', lambda m: f'src="{data_uri(folder / m[1])}"', body)
     page = templates.get_template("report.html.j2").render(body=body, run=folder.as_posix())
     numbers = json.dumps(r, indent=1, allow_nan=False)
     for name, content in {"report.json": numbers, "report.md": text, "report.html": page}.items():
         (folder / f"{name}.partial").write_text(content)
         os.replace(folder / f"{name}.partial", folder / name)
-    print(*(line for group in groups.values() for line in group["verdicts"]), folder / "report.html", sep="\n")
+    said = [line for group in groups.values() for line in group["verdicts"]]
+    print(*said, *(f"missing: {line}" for line in missing), folder / "report.html", sep="\n")
 
 
 def data_uri(png):

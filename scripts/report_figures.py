@@ -1,5 +1,6 @@
 """The report's pictures, drawn from report.py's figures and the logs and probes that it read."""
 
+import itertools
 import textwrap
 
 import matplotlib
@@ -8,7 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-COLORS = ["#6b7280", "#c2410c", "#2563eb", "#15803d", "#7c3aed"]  # by variant, baseline first
+# By variant, baseline first.
+COLORS = ["#6b7280", "#c2410c", "#2563eb", "#15803d", "#7c3aed", "#db2777", "#0891b2", "#a16207", "#1e3a8a"]
 plt.rcParams.update(
     {
         "font.size": 9,
@@ -24,18 +26,21 @@ plt.rcParams.update(
 
 
 def draw(run, report, folder):
-    """Write loss_stage_1, loss_stage_2, theorem and maps as PNGs into `folder`."""
+    """Write loss_stage_1, loss_stage_2, theorem and maps as PNGs into `folder`, those that there is something for, and
+    give their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    color = dict(zip(run.variants, COLORS, strict=False))
+    color = dict(zip(run.variants, itertools.cycle(COLORS), strict=False))
     figures = {
-        "loss_stage_1": loss(run, color, "stage 1"),
-        "loss_stage_2": loss(run, color, "stage 2"),
-        "theorem": theorem({name: probe["theorem"] for name, probe in report["probes"].items()}, color),
-        "maps": maps({name: run.probes[run.seeds[0], name] for name in run.variants}),
+        f"loss_{stage.replace(' ', '_')}": loss(run, color, stage) for stage in sorted({s for *_, s in run.logs})
     }
+    if report["probes"]:
+        figures["theorem"] = theorem({name: probe["theorem"] for name, probe in report["probes"].items()}, color)
+        seed = next(seed for seed, _ in run.probes)
+        figures["maps"] = maps({name: probe for (s, name), probe in run.probes.items() if s == seed})
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png")
         plt.close(figure)
+    return list(figures)
 
 
 def running_mean(values):
@@ -47,15 +52,16 @@ def running_mean(values):
 
 def loss(run, color, stage):
     """CE of all variants in one panel, then a panel for each VISTA term, as their scales differ."""
-    weighted = [name for name in run.variants if run.logs[run.seeds[0], name, stage]["vista"]]
+    logs = {name: [log for (_, n, s), log in run.logs.items() if (n, s) == (name, stage)] for name in run.variants}
+    weighted = [name for name in run.variants if any(log["vista"] for log in logs[name])]
     panels = [("ce", "CE (nats)", run.variants)]
     panels += [("vista", f"VISTA term\n{name}", [name]) for name in weighted]
     size = (4.8, 1.2 + 1.6 * len(panels))
     figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, squeeze=False)
     for axis, (key, label, names) in zip(axes[:, 0], panels, strict=True):
         for name in names:
-            for k, seed in enumerate(run.seeds):
-                step, value = np.array(run.logs[seed, name, stage][key]).T
+            for k, log in enumerate(logs[name]):
+                step, value = np.array(log[key]).T
                 axis.plot(step, value, color=color[name], alpha=0.2, lw=0.7)
                 axis.plot(step, running_mean(value), color=color[name], lw=1.4, label=None if k else name)
         axis.set_ylabel(label)
