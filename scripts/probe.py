@@ -1,9 +1,12 @@
 """Measure what the report's model-based figures show, on held-out rows, and store it beside the checkpoint.
 
     python scripts/probe.py CHECKPOINT EVAL_DATA        (scripts/probe.sh calls it)
+    python scripts/probe.py CHECKPOINT IMAGE PROMPT OUT.npz
 
-CHECKPOINT is .../EXPERIMENT-finetune; it writes .../probe/EXPERIMENT.npz, from n long answers of at most T tokens
-(EVAL_DATA/describe.parquet) and k images of the other tasks with S x S image tokens:
+In the first form CHECKPOINT is .../EXPERIMENT-finetune, and .../probe/EXPERIMENT.npz is written, from n long answers of
+at most T tokens (EVAL_DATA/describe.parquet) and k images of the other tasks with S x S image tokens. In the second
+CHECKPOINT is any of the two upstreams', and map, question and image are written alone, k = 1, the image as the tower
+gets it:
     kl              [n, T] fp32, nats, NaN past an answer's end: KL(p || q) at each answer token, the answer's
                     earlier tokens given; p with the true image, q with that of a row with another answer
     ce, ce_swapped  [n] fp32, nats per answer token, with the true and with the swapped image
@@ -95,6 +98,12 @@ class Probe:
             sys.exit("probe.py: the model's predictions are not finite: train this checkpoint again")
         return arrays | {"kl": kl_nT}
 
+    def seen(self, image):
+        """The image as the vision tower gets it, padded or cropped: [H, W, 3] uint8."""
+        pixels_HW3 = self.pixels(image)[0].permute(1, 2, 0).cpu().numpy()
+        unit_HW3 = pixels_HW3 * self.processor.image_std + self.processor.image_mean
+        return (255 * unit_HW3).round().clip(0, 255).astype("uint8")
+
     def map(self, row):
         ids_1t = self.tokenizer(row["question"], add_special_tokens=False, return_tensors="pt").input_ids
         text_1d = self.model.get_input_embeddings()(ids_1t.to(self.model.device)).mean(1)
@@ -109,8 +118,11 @@ class LLaVA(Probe):
     def __init__(self, checkpoint):
         from llava.model.builder import load_pretrained_model
 
+        name = (
+            checkpoint.name if "llava" in checkpoint.name.lower() else f"llava-{checkpoint.name}"
+        )  # decides its class
         self.tokenizer, model, self.processor, _ = load_pretrained_model(
-            str(checkpoint), None, checkpoint.name, device="cpu", device_map="cpu"
+            str(checkpoint), None, name, device="cpu", device_map="cpu"
         )
         super().__init__(model)
 
@@ -138,8 +150,8 @@ class TinyLLaVA(Probe):
         from tinyllava.data import ImagePreprocess, TextPreprocess
         from tinyllava.model import load_pretrained_model
 
-        model, self.tokenizer, processor, _ = load_pretrained_model(str(checkpoint), device_map="cpu")
-        self.image, self.text = ImagePreprocess(processor, model.config), TextPreprocess(self.tokenizer, "phi")
+        model, self.tokenizer, self.processor, _ = load_pretrained_model(str(checkpoint), device_map="cpu")
+        self.image, self.text = ImagePreprocess(self.processor, model.config), TextPreprocess(self.tokenizer, "phi")
         super().__init__(model)
 
     def pixels(self, image):
@@ -152,17 +164,39 @@ class TinyLLaVA(Probe):
         return encoded["input_ids"], int((encoded["labels"] != IGNORE_INDEX).sum())
 
 
-@torch.inference_mode()
-def main(checkpoint, eval_data):
+def load(checkpoint):
     config = checkpoint / "config.json"
     if not config.exists():
         sys.exit(f"probe.py: there is no {config}: train first")
-    out = checkpoint.parent / "probe" / f"{checkpoint.name.removesuffix('-finetune')}.npz"
-    if out.exists() and out.stat().st_mtime > config.stat().st_mtime:
-        return print(f"{out}: whole, kept")
     transformers.logging.set_verbosity_error()  # it would list every weight of the vision tower
     tiny = json.loads(config.read_text())["model_type"] == "tinyllava"
-    probe = TinyLLaVA(checkpoint) if tiny else LLaVA(checkpoint)
+    return TinyLLaVA(checkpoint) if tiny else LLaVA(checkpoint)
+
+
+def save(out, arrays):
+    partial = out.with_suffix(".partial.npz")
+    np.savez_compressed(partial, **arrays)
+    os.replace(partial, out)
+
+
+@torch.inference_mode()
+def one(checkpoint, image, prompt, out):
+    try:
+        row = {"image": Image.open(image).convert("RGB"), "question": prompt}
+    except (OSError, ValueError) as error:
+        sys.exit(f"probe.py: {image} is not an image that can be read: {error}")
+    probe = load(checkpoint)
+    arrays = {"map": probe.map(row), "image": probe.seen(row["image"]), "question": np.array(prompt)}
+    save(out, {name: array[None] for name, array in arrays.items()})
+
+
+@torch.inference_mode()
+def main(checkpoint, eval_data):
+    out = checkpoint.parent / "probe" / f"{checkpoint.name.removesuffix('-finetune')}.npz"
+    config = checkpoint / "config.json"
+    if out.exists() and config.exists() and out.stat().st_mtime > config.stat().st_mtime:
+        return print(f"{out}: whole, kept")
+    probe = load(checkpoint)
     describe, mapped = held_out(eval_data)
     arrays = probe.describe(describe) | {
         "map": np.stack([probe.map(row) for row in mapped]),
@@ -171,13 +205,15 @@ def main(checkpoint, eval_data):
         "hidden_size": np.array(probe.model.config.hidden_size),
     }
     out.parent.mkdir(exist_ok=True)
-    partial = out.with_suffix(".partial.npz")
-    np.savez_compressed(partial, **arrays)
-    os.replace(partial, out)
+    save(out, arrays)
     print(f"{out}: {len(describe)} answers, {len(mapped)} maps")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    main(*map(Path, sys.argv[1:]))
+    match sys.argv[1:]:
+        case [checkpoint, eval_data]:
+            main(Path(checkpoint), Path(eval_data))
+        case [checkpoint, image, prompt, out]:
+            one(Path(checkpoint), Path(image), prompt, Path(out))
+        case _:
+            sys.exit(__doc__)

@@ -1,14 +1,58 @@
 #!/usr/bin/env bash
-# Measures on an experiment's checkpoint what the report's pictures show (scripts/probe.py says what).
+# Measures on an experiment's checkpoint what the report's pictures show (scripts/probe.py says what); or draws the
+# paper's Figures 2 and 3 for any image, prompt and checkpoints of either backbone, on one colour scale. The report shows
+# what lies in RUN/maps/.
 #
 #   scripts/probe.sh EXPERIMENT [SEED]
+#   scripts/probe.sh --image IMAGE --prompt TEXT --out PNG CHECKPOINT...
 set -euo pipefail
-cd "$(dirname "$0")/.."
-
-experiment=${1:?usage: scripts/probe.sh EXPERIMENT [SEED]}
-# shellcheck source=scripts/experiment.sh
-. scripts/experiment.sh
-PATH=$PWD/$environment/bin:$PATH
+usage() { sed -n 's/^#   /usage: /p' "$0" >&2 && exit 2; }
+fail() { echo "probe: $*" >&2 && exit 2; }
 # One thread, as in training.
-export PYTHONPATH=.:upstream/$backbone HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-python3 scripts/probe.py "$run/seed${2:-0}/$experiment-finetune" "$run/data/eval"
+export PYTHONPATH=. HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+
+if [[ ${1:-} != --* ]]; then
+    cd "$(dirname "$0")/.."
+    experiment=${1:-}
+    [[ $experiment ]] || usage
+    # shellcheck source=scripts/experiment.sh
+    . scripts/experiment.sh
+    PYTHONPATH+=:upstream/$backbone
+    exec "$environment/bin/python3" scripts/probe.py "$run/seed${2:-0}/$experiment-finetune" "$run/data/eval"
+fi
+
+image='' prompt='' out=''
+while [[ ${1:-} == --* ]]; do
+    case $1 in
+        --image) image=$(realpath -m "${2:-}") ;;
+        --prompt) prompt=${2:-} ;;
+        --out) out=$(realpath -m "${2:-}") ;;
+        *) usage ;;
+    esac
+    shift 2 || usage
+done
+[[ $image && $prompt && $out && $# -gt 0 ]] || usage
+mapfile -t checkpoints < <(realpath -m "$@")
+cd "$(dirname "$0")/.."
+[[ -f $image ]] || fail "$image: no such image"
+[[ -d $(dirname "$out") ]] || fail "$(dirname "$out"): no such folder for $out"
+maps=$(mktemp -d)
+trap 'rm -rf "$maps"' EXIT
+named=()
+for checkpoint in "${checkpoints[@]}"; do
+    [[ -f $checkpoint/config.json ]] || fail "$checkpoint holds no config.json: give a checkpoint's folder"
+    # Whichever of the backbone's environments is here: for a GPU, or for a CPU.
+    backbone=llava environments=(.venv-llava .venv)
+    ! grep -Eq '"model_type": *"tinyllava"' "$checkpoint/config.json" ||
+        { backbone=tinyllava && environments=(.venv-tinyllava .venv-cpu-tinyllava); }
+    python=''
+    for environment in "${environments[@]}"; do
+        [[ $python || ! -x $environment/bin/python3 ]] || python=$environment/bin/python3
+    done
+    [[ $python && -d upstream/$backbone ]] || fail "$checkpoint is $backbone's: run scripts/env.sh and upstream.sh for it"
+    map=$maps/${#named[@]}.npz
+    PYTHONPATH=.:upstream/$backbone "$python" scripts/probe.py "$checkpoint" "$image" "$prompt" "$map"
+    named+=("$(basename "$(dirname "$checkpoint")")/$(basename "$checkpoint")=$map")
+done
+.venv/bin/python scripts/report_figures.py "$out" "${named[@]}"
+echo "probe: $out"

@@ -1,6 +1,11 @@
-"""The report's pictures, drawn from report.py's figures and the logs and probes that it read."""
+"""The report's pictures, drawn from report.py's figures and the logs and probes that it read.
+
+python scripts/report_figures.py OUT.png NAME=PROBE.npz...        the maps alone (scripts/probe.sh --image)
+"""
 
 import itertools
+import os
+import sys
 import textwrap
 
 import matplotlib
@@ -103,3 +108,13 @@ def maps(probes):
             axis.set_title(f"{title}{np.nanmin(map_SS):.2f} to {np.nanmax(map_SS):.2f}", fontsize=7)
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine similarity")
     return figure
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(__doc__)
+    out, *probes = sys.argv[1:]
+    maps({name: np.load(path) for name, path in (probe.rsplit("=", 1) for probe in probes)}).savefig(
+        f"{out}.partial", format="png"
+    )
+    os.replace(f"{out}.partial", out)

@@ -9,13 +9,15 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from tests.conftest import ROOT
+from tests.test_training import workshop  # noqa: F401 (a fixture)
+
+sys.path.insert(0, str(ROOT / "scripts"))
 import report
 from report_results import can_cider, load_columns
 
@@ -487,6 +489,70 @@ def test_a_judged_mmbench_has_a_score_alone(tmp_path):
     pair = group["paired"]["llava-v1.5-7b-vista"]["MMBench EN"]
     assert pair["value"] is not None and pair["ci95"] is None
     assert "no interval, as a column logs no per-sample scores" in (tmp_path / "report.md").read_text()
+
+
+# -- the maps of any image
+
+
+@pytest.fixture
+def checkpoint(workshop, make_model, tmp_path):  # noqa: F811
+    """save(name, seed): a random LLaVA in a folder of any name, with the workshop's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer
+
+    def save(name, seed):
+        model = make_model(image_aspect_ratio="pad")
+        model.resize_token_embeddings(512)
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(workshop / "llama", use_fast=False).save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def draw_maps(tmp_path, *checkpoints):
+    image = tmp_path / "wide.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype="uint8")).save(image)
+    command = [ROOT / "scripts/probe.sh", "--image", image, "--prompt", "red circle?", "--out", tmp_path / "maps.png"]
+    return subprocess.run([*command, *checkpoints], capture_output=True, text=True)
+
+
+def test_maps_of_any_image_and_checkpoints(checkpoint, tmp_path):
+    folders = checkpoint("one", 0), checkpoint("other", 1)
+    done = draw_maps(tmp_path, *folders)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert min(picture.size) > 200
+    assert not list(tmp_path.glob("*.partial"))
+
+    import probe
+    import torch
+
+    probe.one(folders[0], tmp_path / "wide.png", "red circle?", tmp_path / "one.npz")
+    arrays = np.load(tmp_path / "one.npz")
+    model = probe.load(folders[0])
+    with torch.inference_mode():  # the definition, token by token
+        ids = model.tokenizer("red circle?", add_special_tokens=False).input_ids
+        text = torch.stack([model.model.get_input_embeddings().weight[i] for i in ids]).mean(0)
+        pixels = model.pixels(Image.open(tmp_path / "wide.png").convert("RGB"))
+        tokens = model.model.get_model().mm_projector(model.model.get_vision_tower()(pixels))[0]
+        expected = [float(text @ token / text.norm() / token.norm()) for token in tokens]
+    assert arrays["map"].shape == (1, 2, 2) and arrays["map"].ravel() == pytest.approx(expected, abs=1e-5)
+    assert arrays["image"].shape == (1, 8, 8, 3)  # padded to a square, as the tower gets it
+
+
+@pytest.mark.parametrize("missing, message", [("image", "no such image"), ("checkpoint", "holds no config.json")])
+def test_maps_without_their_input_are_one_error(tmp_path, missing, message):
+    (tmp_path / "one").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "here.png")
+    image = tmp_path / ("gone.png" if missing == "image" else "here.png")
+    command = [ROOT / "scripts/probe.sh", "--image", image, "--prompt", "what?", "--out", tmp_path / "maps.png"]
+    done = subprocess.run([*command, tmp_path / "one"], capture_output=True, text=True)
+    assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "maps.png").exists()
 
 
 # -- the page
