@@ -50,9 +50,10 @@ for checkpoint in "${checkpoints[@]}"; do
         [[ $python || ! -x $environment/bin/python3 ]] || python=$environment/bin/python3
     done
     [[ $python && -d upstream/$backbone ]] || fail "$checkpoint is $backbone's: run scripts/env.sh and upstream.sh for it"
-    map=$maps/${#named[@]}.npz
+    name=$(basename "$(dirname "$checkpoint")")/$(basename "$checkpoint") map=$maps/${#named[@]}.npz
+    [[ ${named[*]} != *"$name="* ]] || fail "two checkpoints are called $name"
     PYTHONPATH=.:upstream/$backbone "$python" scripts/probe.py "$checkpoint" "$image" "$prompt" "$map"
-    named+=("$(basename "$(dirname "$checkpoint")")/$(basename "$checkpoint")=$map")
+    named+=("$name=$map")
 done
 .venv/bin/python scripts/report_figures.py "$out" "${named[@]}"
 echo "probe: $out"

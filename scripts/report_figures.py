@@ -114,7 +114,6 @@ if __name__ == "__main__":
     if len(sys.argv) < 3:
         sys.exit(__doc__)
     out, *probes = sys.argv[1:]
-    maps({name: np.load(path) for name, path in (probe.rsplit("=", 1) for probe in probes)}).savefig(
-        f"{out}.partial", format="png"
-    )
+    figure = maps({name: np.load(path) for name, path in (probe.rsplit("=", 1) for probe in probes)})
+    figure.savefig(f"{out}.partial", format="png", dpi=320)
     os.replace(f"{out}.partial", out)

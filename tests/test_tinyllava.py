@@ -11,6 +11,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+from PIL import Image
 
 from tests.conftest import ROOT
 from tests.test_training import kit, run_stock, workshop  # noqa: F401 (fixtures)
@@ -151,6 +152,16 @@ print("vista_patch" in sys.modules, model.config.vista["metric"], loss.item())
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=out)
     assert done.stdout.split()[-3:-1] == ["False", "l2"], done.stderr[-2000:]
     assert np.isfinite(float(done.stdout.split()[-1])) and "newly initialized" not in done.stderr
+
+
+def test_the_maps_of_any_image_are_drawn(finetuned, tmp_path):
+    out, _ = finetuned("l2")
+    Image.new("RGB", (96, 48), "red").save(tmp_path / "red.png")
+    command = ["--image", tmp_path / "red.png", "--prompt", "red circle?", "--out", tmp_path / "maps.png", out]
+    done = script("scripts/probe.sh", *command)
+    assert done.returncode == 0, done.stderr
+    with Image.open(tmp_path / "maps.png") as picture:
+        assert min(picture.size) > 200
 
 
 def test_the_exact_upstream_pins_give_the_same_losses(train, pretrained, finetuned, tmp_path):
