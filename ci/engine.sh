@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A private Docker engine and a stand-in base image, from Debian packages alone: for testing the image where there is
-# neither an engine nor a registry. Needs root.
+# A private Docker engine from Debian packages and a stand-in base image from Ubuntu's: for testing the image where there
+# is neither an engine nor a registry. Needs root, on Debian.
 #
 #   ci/engine.sh start FOLDER      installs and starts the engine; prints its DOCKER_HOST
-#   ci/engine.sh base FOLDER       makes the image vista-kit:base of it, a minimal Debian that trusts this machine's CAs
+#   ci/engine.sh base FOLDER       makes the image vista-kit:base of it: the real base's Ubuntu without CUDA
 #   ci/engine.sh stop FOLDER
 set -euo pipefail
 
@@ -28,19 +28,42 @@ case $action in
         exit 1
         ;;
     base)
-        conf=$(mktemp) hooks=()
-        printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$conf"
-        # A folder of wheels that pip knows of here (torch's CPU build, where the PyTorch index is out of reach) goes along.
+        work=$(mktemp -d)
+        # Ubuntu's signing keys, of which Debian has no package.
+        curl --fail --silent --show-error --retry 3 --output "$work/keys.deb" \
+            http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2021.03.26_all.deb
+        echo "0d0e7ed6b112f5d03eabf3c7eb01ebdacf9c57714b279e90495cfc58c8c4520f  $work/keys.deb" | sha256sum --check --quiet
+        dpkg-deb --extract "$work/keys.deb" "$work"
+        # What this machine has in the place of what it may not reach goes along: its CAs, a folder of wheels that pip
+        # knows of (torch's CPU build), local copies that git clones instead of a repository, and a Python 3.11 that is
+        # not the system's (uv would take one from GitHub).
+        hooks=(--customize-hook='upload /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt')
+        carry() { hooks+=(--customize-hook="mkdir -p \"\$1${1%/*}\"" --customize-hook="copy-in $1 ${1%/*}"); }
+        printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$work/pip.conf"
         wheels=$(pip config list 2>/dev/null | sed -n "s/^.*find-links='\(.*\)'$/\1/p" | head -n 1)
         if [[ -d $wheels ]]; then
-            echo "find-links = $wheels" >>"$conf"
-            hooks=(--customize-hook="mkdir -p \"\$1$(dirname "$wheels")\"" --customize-hook="copy-in $wheels $(dirname "$wheels")")
+            echo "find-links = $wheels" >>"$work/pip.conf"
+            carry "$wheels"
         fi
-        mmdebstrap --quiet --variant=minbase --include=ca-certificates "${hooks[@]}" \
-            --customize-hook='upload /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt' \
-            --customize-hook="upload $conf /etc/pip.conf" bookworm - |
+        touch "$work/gitconfig"
+        while IFS='= ' read -r key url; do
+            copy=${key#url.} && copy=${copy%.insteadof}
+            [[ -d $copy ]] || continue
+            git config --file "$work/gitconfig" "$key" "$url"
+            carry "$copy"
+        done < <(git config --get-regexp '^url\..*\.insteadof$' | tr ' ' =)
+        printf 'deb http://archive.ubuntu.com/ubuntu %s main universe\n' jammy{,-updates,-security} >"$work/sources.list"
+        python=$(python3.11 -c 'import sys; print(sys.base_prefix)' 2>/dev/null || true)
+        if [[ $python == /*/* ]]; then
+            hooks+=(--customize-hook="cd $python && tar -c --exclude site-packages --exclude test --exclude '*.a' bin/python3.11 \
+                include/python3.11 lib/libpython3.11.so* lib/python3.11 | tar -x -C \"\$1/usr/local\" && ldconfig -r \"\$1\"")
+        fi
+        mmdebstrap --quiet --variant=minbase --keyring="$work/usr/share/keyrings" \
+            --include=apt,ca-certificates "${hooks[@]}" \
+            --customize-hook="upload $work/pip.conf /etc/pip.conf" \
+            --customize-hook="upload $work/gitconfig /etc/gitconfig" jammy - "$work/sources.list" |
             /usr/bin/docker import --change 'ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt' - vista-kit:base >/dev/null
-        rm "$conf"
+        rm -r "$work"
         echo "vista-kit:base"
         ;;
     stop)

@@ -6,6 +6,12 @@ cd /opt/vista
 command=${1:-reproduce}
 shift || true
 case $command in
+    reproduce | train | eval | probe | report | smoke)
+        [[ -w results ]] ||
+            { echo "vista: user $(id -u) may not write to /opt/vista/results: mount a folder of that user's there, or run as its owner (--user)" >&2 && exit 2; }
+        ;;
+esac
+case $command in
     reproduce | train | eval | probe | data | doctor) exec "scripts/$command.sh" "$@" ;;
     report) exec .venv/bin/python scripts/report.py "$@" ;;
     smoke) exec ci/smoke.sh "$@" ;;

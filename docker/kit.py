@@ -9,7 +9,9 @@ read-only root with DIRs mounted for what is written; COMMAND is docker/entrypoi
 """
 
 import argparse
+import hashlib
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -18,6 +20,7 @@ import sys
 from pathlib import Path
 
 import docker
+import tomllib
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount, Ulimit
 
@@ -39,6 +42,17 @@ def engine() -> docker.DockerClient:
     return client
 
 
+def labels() -> dict[str, str]:
+    """Every pin: the upstreams' commits, each lock's hash and the versions in it that decide most."""
+    upstreams = tomllib.loads((ROOT / "patches/upstreams.toml").read_text())
+    pins = {f"vista.upstream.{name}": f"{upstream['url']}@{upstream['commit']}" for name, upstream in upstreams.items()}
+    for lock in (ROOT / "docker/locks").glob("*.txt"):
+        pins[f"vista.lock.{lock.stem}"] = f"sha256:{hashlib.sha256(lock.read_bytes()).hexdigest()}"
+        for name, version in re.findall(r"(?m)^(torch|transformers|deepspeed|lmms-eval)==([^ ]+)", lock.read_text()):
+            pins[f"vista.lock.{lock.stem}.{name}"] = version
+    return pins
+
+
 def build(args) -> None:
     for pair in args.build_arg:
         if "=" not in pair:
@@ -54,7 +68,7 @@ def build(args) -> None:
     try:
         for event in client.api.build(
             path=str(ROOT), dockerfile="docker/Dockerfile", target=args.target, tag=f"vista-kit:{args.target}",
-            buildargs=buildargs, network_mode=args.network, rm=True, decode=True,
+            buildargs=buildargs, labels=labels(), network_mode=args.network, rm=True, decode=True,
         ):  # fmt: skip
             if "error" in event:
                 fail(f"the build of {args.target} failed: {event['error'].strip()}")
