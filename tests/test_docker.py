@@ -1,10 +1,11 @@
-"""The image's cpu target, really built and run on a Docker engine that ci/engine.sh makes from Debian packages.
+"""The image's cpu target, really built and run on a Docker engine that ci/engine.sh makes from packages alone.
 
 What this says nothing about: the CUDA base, the target cuda, a GPU.
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -38,7 +39,8 @@ def engine(tmp_path_factory):
         subprocess.run(["ci/engine.sh", "stop", folder], cwd=ROOT, check=True)
 
 
-BUILD = ("build", "--base", "vista-kit:base", "--network", "host", "--build-arg", "BACKBONES=llava", "cpu")
+BUILD = ("build", "--base", "vista-kit:base", "--network", "host", "cpu")
+DOCKER = "/usr/bin/docker"
 
 
 def run(folder, *command, target="cpu"):
@@ -53,16 +55,37 @@ def image(engine):
     return out
 
 
-def test_smoke(image, tmp_path):
-    code, out, err = told(*run(tmp_path, "smoke"))
+def test_smoke_killed_in_stage_2_continues_and_is_green(image, tmp_path):
+    smoke = run(tmp_path, "smoke", "llava")
+    running = subprocess.Popen(smoke, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith("finetune:") and re.search(r" [1-9]\d\d?/250 ", line):
+            break
+    subprocess.run([DOCKER, "kill", *told(DOCKER, "ps", "-q")[1].split()], check=True)
+    assert running.wait(timeout=60) == 128 + signal.SIGKILL
+    code, out, err = told(*smoke)
     assert code == 0, out[-3000:] + err
+    assert "pretrain: results/tiny/seed0/llava-tiny-pretrain is done" in out
     assert 'failures="0"' in (tmp_path / "results/smoke.xml").read_text()
+    assert "VISTA term on held-out answers" in (tmp_path / "results/smoke.md").read_text()
     assert (tmp_path / "results/smoke.xml").stat().st_uid == (os.getuid() or 1000)
 
 
 def test_the_image_holds_what_is_pinned(image, tmp_path):
     code, out, err = told(*run(tmp_path, "verify"))
-    assert code == 0 and ".venv, upstream/llava: no differences" in out, out + err
+    assert code == 0, out + err
+    for name in (".venv", ".venv-cpu-tinyllava", "upstream/llava", "upstream/tinyllava"):
+        assert name in re.split("[ ,:]+", out)
+
+
+@pytest.mark.parametrize("environment, lock", [(".venv", "cpu"), (".venv-cpu-tinyllava", "cpu-tinyllava")])
+def test_each_environment_has_a_bill_of_materials(image, tmp_path, environment, lock):
+    _, out, _ = told(*run(tmp_path, "shell", "-c", f"cat {environment}/sbom.json"))
+    listed = {part["name"].lower().replace("_", "-"): part["version"] for part in json.loads(out)["components"]}
+    locked = re.findall(r"(?m)^([\w.-]+)==([^ ]+)", (ROOT / f"docker/locks/{lock}.txt").read_text())
+    assert {name.lower().replace("_", "-").replace(".", "-") for name, _ in locked} == {
+        name.replace(".", "-") for name in listed
+    }
 
 
 def test_a_changed_line_rebuilds_the_last_layers_alone(image, tmp_path):
@@ -74,7 +97,9 @@ def test_a_changed_line_rebuilds_the_last_layers_alone(image, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     cached = {lines[i].split(" : ", 1)[1] for i in range(len(lines) - 1) if lines[i + 1].strip() == "---> Using cache"}
-    assert "RUN scripts/env.sh cpu" in cached and not any("vista_patch" in step for step in cached)
+    assert "RUN scripts/env.sh cpu && docker/sbom.sh .venv" in cached and not any(
+        "vista_patch" in step for step in cached
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +124,7 @@ def test_sigterm_stops_the_run(image, tmp_path):
     start = time.monotonic()
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=30) == 128 + signal.SIGTERM and time.monotonic() - start < 15
-    listed = subprocess.run(["/usr/bin/docker", "ps", "-aq"], capture_output=True, text=True, check=True)
+    listed = subprocess.run([DOCKER, "ps", "-aq"], capture_output=True, text=True, check=True)
     assert listed.stdout == ""
 
 
@@ -112,17 +137,41 @@ def test_what_is_wrong_is_one_line(image, tmp_path):
     doctor = run(tmp_path, "doctor", "tiny")
     assert "no engine answers at unix:///none" in refused(*doctor, DOCKER_HOST="unix:///none")
     assert "no image vista-kit:cuda: build it first" in refused(*run(tmp_path, "doctor", "full", target="cuda"))
-    subprocess.run(["/usr/bin/docker", "tag", "vista-kit:cpu", "vista-kit:cuda"], check=True)
+    subprocess.run([DOCKER, "tag", "vista-kit:cpu", "vista-kit:cuda"], check=True)
     assert "cannot hand out GPUs" in refused(*run(tmp_path, "doctor", "full", target="cuda"))
     (tmp_path / "file").touch()
     assert "cannot be made" in refused(*run(tmp_path / "file", "doctor", "tiny"))
 
 
+def test_a_user_who_may_not_write_results_is_told(image, tmp_path):
+    mount = f"type=bind,source={tmp_path},target=/opt/vista/results"
+    code, out, err = told(DOCKER, "run", "--rm", "--user", "4242", "--mount", mount, "vista-kit:cpu", "reproduce")
+    assert code == 2 and out == "" and "user 4242 may not write to /opt/vista/results" in err
+    assert len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_no_space_is_told_before_the_build(tmp_path):
+    """An engine whose folder is a small file system."""
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", tmp_path], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        started = told("ci/engine.sh", "start", tmp_path)
+        assert started[0] == 0, started[2]
+        code, out, err = told(sys.executable, "docker/kit.py", *BUILD, DOCKER_HOST=started[1].strip())
+        told("ci/engine.sh", "stop", tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert code == 1 and out == "" and "building cpu takes 20: make room" in err and len(err.splitlines()) == 1
+
+
 def test_labels_and_user(image):
-    shown = subprocess.run(["/usr/bin/docker", "inspect", "vista-kit:cpu"], capture_output=True, text=True, check=True)
+    shown = subprocess.run([DOCKER, "inspect", "vista-kit:cpu"], capture_output=True, text=True, check=True)
     config = json.loads(shown.stdout)[0]["Config"]
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    assert config["Labels"]["org.opencontainers.image.revision"] == commit and config["User"] == "1000:1000"
+    labels = config["Labels"]
+    assert labels["org.opencontainers.image.revision"] == commit and config["User"] == "1000:1000"
+    assert labels["vista.upstream.llava"].endswith("@c121f0432da27facab705978f83c4ada465e46fd")
+    assert labels["vista.lock.llava.torch"] == "2.1.2" and labels["vista.lock.cpu"].startswith("sha256:")
 
 
 def test_dry_run_prints_a_docker_line():
