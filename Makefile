@@ -1,5 +1,5 @@
 # The two commands of the README, and what keeps them honest.
-.PHONY: reproduce setup test test-pins test-docker lint lock
+.PHONY: reproduce setup test test-pins test-suite test-faults test-docker image lint lock
 
 reproduce:                ## set up everything and run the miniature (about 25 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
@@ -16,8 +16,17 @@ test: setup               ## set up everything and run the tests
 test-pins: setup          ## what needs other environments (installs 15 GB more)
 	.venv/bin/python -m pytest -m pins
 
+test-suite: setup         ## lmms-eval over the paper's 18 tasks, on stand-ins of their data (5 minutes)
+	.venv/bin/python -m pytest -m suite
+
+test-faults: setup        ## the miniature killed at 20 moments, a full disk, damaged checkpoints
+	.venv/bin/python -m pytest -m faults
+
 test-docker: setup        ## the image's cpu target, built and run (as root, on Debian)
 	.venv/bin/python -m pytest -m docker
+
+image: setup              ## the image's target cuda, with your Docker engine
+	scripts/docker_build.sh cuda
 
 lint: setup
 	.venv/bin/ruff check .

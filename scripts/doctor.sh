@@ -20,7 +20,7 @@ memory_gb=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 1024 / 1024))
 if [[ $profile == tiny ]]; then
     need_disk=4 need_memory=6
 else
-    need_disk=400 need_memory=128
+    need_disk=600 need_memory=128 # data 200 GB, and a 7B stage's checkpoints (scripts/cost.py)
     nvidia-smi &>/dev/null || problem "profile full needs a GPU (tiny runs on a CPU)"
     java -version &>/dev/null ||
         problem "RefCOCO's captions are tokenized by a Java program, and there is no java (Debian: apt-get install default-jre-headless)"

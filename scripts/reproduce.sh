@@ -3,24 +3,32 @@
 # evaluated and reported.
 #
 #   scripts/reproduce.sh [--profile tiny|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]
+#   scripts/reproduce.sh --experiment NAME [--seeds N] [--dry-run]       one of scripts/configs/ alone
 #
 # Every step is a script of its own, is skipped when its output is whole, and continues when it was cut off.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 
-profile=tiny backbone=llava seeds=1 dry_run=
-usage() { sed -n '5s/^# *//p' scripts/reproduce.sh >&2 && exit 2; }
+profile=tiny backbone=llava experiment='' seeds=1 dry_run=
+usage() { sed -n '5,6s/^#   //p' scripts/reproduce.sh >&2 && exit 2; }
 while (($#)); do
     case $1 in
         --profile) profile=${2:-} && shift ;;
         --backbone) backbone=${2:-} && shift ;;
+        --experiment) experiment=${2:-} && shift ;;
         --seeds) seeds=${2:-} && shift ;;
         --dry-run) dry_run=1 ;;
         *) echo "reproduce: unknown option $1" >&2 && usage ;;
     esac
     shift || true # a flag without its value
 done
+if [[ $experiment ]]; then
+    [[ -f scripts/configs/$experiment.toml ]] ||
+        { echo "reproduce: no experiment '$experiment': $(basename -s .toml scripts/configs/*.toml | paste -sd ' ')" >&2 && usage; }
+    backbone=${experiment%%-*} profile=full
+    [[ $experiment != *-tiny* ]] || profile=tiny
+fi
 case $backbone-$profile in
     llava-tiny | tinyllava-tiny) baselines=("$backbone-tiny") ;;
     both-tiny) baselines=(llava-tiny tinyllava-tiny) ;;
@@ -31,19 +39,21 @@ case $backbone-$profile in
     *) echo "reproduce: --profile '$profile': choose tiny or full" >&2 && usage ;;
 esac
 [[ $seeds =~ ^[1-9][0-9]*$ ]] || { echo "reproduce: --seeds '$seeds': give a number from 1 on" >&2 && usage; }
+[[ ! $experiment ]] || baselines=("$experiment")
 
 tiny() { [[ $profile == tiny ]]; } # the full profile's own environments are the image's
 setup=("scripts/doctor.sh $profile ${baselines[*]%%-*}" "scripts/env.sh cpu") lanes=()
 for baseline in "${baselines[@]}"; do
-    backbone=${baseline%%-*} experiments="$baseline $baseline-vista $baseline-vista-cosine"
+    backbone=${baseline%%-*} experiments=${experiment:-$baseline $baseline-vista $baseline-vista-cosine}
     setup+=("scripts/upstream.sh $backbone" "scripts/patch.sh $backbone")
-    [[ $baseline != tinyllava-tiny ]] || setup+=("scripts/env.sh cpu-tinyllava")
+    [[ $baseline != tinyllava-tiny* ]] || setup+=("scripts/env.sh cpu-tinyllava")
+    tiny || setup+=("python3 scripts/cost.py $baseline") # its variants cost the same
     setup+=("scripts/data.sh $baseline" "python3 scripts/manifest.py --seeds $seeds $experiments")
     for ((seed = 0; seed < seeds; seed++)); do
-        for experiment in $experiments; do
-            lane="scripts/train.sh $experiment pretrain $seed|scripts/train.sh $experiment finetune $seed"
-            lane+="|scripts/eval.sh $experiment $seed"
-            ! tiny || lane+="|scripts/probe.sh $experiment $seed"
+        for name in $experiments; do
+            lane="scripts/train.sh $name pretrain $seed|scripts/train.sh $name finetune $seed"
+            lane+="|scripts/eval.sh $name $seed"
+            ! tiny || lane+="|scripts/probe.sh $name $seed"
             lanes+=("$lane")
         done
     done
@@ -58,7 +68,8 @@ run() { # STEPS, a | between them, one after the other; SIGTERM goes on to the o
         read -ra words <<<"$step"
         case "${dry_run:+dry }$step" in
             "dry scripts/doctor.sh"*) "${words[@]}" || true ;; # tells the disk; what it lacks does not stop a dry run
-            "dry scripts/train.sh"*) DRY_RUN=1 "${words[@]}" ;;
+            "dry scripts/train.sh"*) DRY_RUN=1 "${words[@]}" || return ;;
+            "dry python3 scripts/cost.py"*) "${words[@]}" || return ;;
             "dry "*) ;;
             *) "${words[@]}" & wait $! || exit ;;
         esac
@@ -92,8 +103,4 @@ for lane in "${lanes[@]}"; do
 done
 while (($(jobs -p | wc -l))); do wait -n || failed=1; done
 ((!failed)) || { echo "reproduce: a step failed, see above; the same command continues" >&2 && exit 1; }
-if tiny; then
-    run "python3 scripts/report.py results/tiny" & wait $!
-else
-    echo "reproduce: the results of each task lie in results/full/seed*/eval (the report reads the miniature's tasks only)"
-fi
+run "python3 scripts/report.py results/$profile" & wait $!
