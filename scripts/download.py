@@ -374,7 +374,7 @@ def get_hub(source: Source) -> None:
         allow_patterns=list(source.expected),
         max_workers=AT_ONCE,
     )
-    shutil.rmtree(source.downloads / ".cache")  # its notes on what it was at
+    shutil.rmtree(source.downloads / ".cache", ignore_errors=True)  # its notes on what it was at
 
 
 def get_url(source: Source, url: str) -> None:
