@@ -77,6 +77,19 @@ def build(args) -> None:
         fail(f"the build of {args.target} failed: {error}")
 
 
+# What the scripts take from the environment, where the caller's has it.
+PASSED = (
+    "RANKS",
+    "PER_DEVICE",
+    "REPORT_TO",
+    "MMBENCH_JUDGE",
+    "MMBENCH_MODEL",
+    "OPENAI_API_KEY",
+    "HF_TOKEN",
+    "HF_ENDPOINT",
+)
+
+
 def run(args) -> int:
     image = f"vista-kit:{args.target}"
     uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
@@ -89,6 +102,7 @@ def run(args) -> int:
         "shm_size": "16g" if cuda else "1g",
         "network_mode": args.network,
         "tmpfs": {"/tmp": "exec"},
+        "environment": {name: os.environ[name] for name in PASSED if name in os.environ},
         "mounts": [Mount(f"/opt/vista/{name}", str(folder), type="bind") for folder, name in folders.items()],
     }
     if cuda:
@@ -98,6 +112,8 @@ def run(args) -> int:
         words = ["docker", "run", "--rm", "--init", "--read-only", "--tmpfs", "/tmp:exec", "--user", options["user"]]
         words += ["--shm-size", options["shm_size"], *(["--network", args.network] if args.network else [])]
         words += ["--gpus", "all", "--ulimit", "memlock=-1"] if cuda else []
+        for name in options["environment"]:
+            words += ["--env", name]  # docker takes the value over: no secret is printed
         for folder, name in folders.items():
             words += ["--mount", f"type=bind,source={folder},target=/opt/vista/{name}"]
         print(shlex.join([*words, image, *args.command]))

@@ -178,6 +178,7 @@ def test_labels_and_user(image):
 
 def test_dry_run_prints_a_docker_line():
     command = [sys.executable, "docker/kit.py", "run", "--dry-run", "cuda", "reproduce", "--profile", "full"]
-    code, out, _ = told(*command)
+    code, out, _ = told(*command, MMBENCH_JUDGE="rules", OPENAI_API_KEY="secret")
     assert code == 0 and out.startswith("docker run --rm --init --read-only") and "--gpus all" in out
+    assert "--env MMBENCH_JUDGE" in out and "secret" not in out
     assert out.endswith("vista-kit:cuda reproduce --profile full\n")
