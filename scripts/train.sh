@@ -96,6 +96,8 @@ elif [[ ! ${HOSTFILE:-} ]] && ((ranks / nodes > gpus)); then
     fail "$((ranks / nodes)) ranks on $gpus GPUs: set RANKS=$((gpus * nodes))"
 fi
 export PYTHONPATH=upstream/$backbone HF_HUB_OFFLINE=1
+# Where deepspeed compiles: another checkout's environment would make it compile again each time.
+export TORCH_EXTENSIONS_DIR=$PWD/results/.torch_extensions/$environment
 
 if [[ ${launcher[1]} == --num_gpus ]]; then
     # A free port: other trainings may run beside this one.
