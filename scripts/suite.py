@@ -38,7 +38,17 @@ def view(data: Path, name: str) -> Path:
     text = card.read_text()
     head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
     if "configs" in head:
-        configs = [c for c in head["configs"] if any(any(folder.glob(p)) for p in patterns(c.get("data_files", "*")))]
+
+        def there(data_files: str | dict | list) -> bool:
+            return any(any(folder.glob(p)) for p in patterns(data_files))
+
+        configs = [config for config in head["configs"] if there(config.get("data_files", "*"))]
+        for config in configs:  # and of its splits those that are there, without the row counts of all
+            if isinstance(config.get("data_files"), list):
+                config["data_files"] = [entry for entry in config["data_files"] if there(entry)]
+        infos = head.get("dataset_info", [])
+        for info in infos if isinstance(infos, list) else [infos]:
+            info.pop("splits", None)
         text = f"---\n{yaml.safe_dump(head | {'configs': configs})}---\n"
     view = data / ".cache/sets" / name
     view.mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,11 @@ class World:
                 "merges.txt": b"",
                 "pytorch_model.bin": b"w" * 200,
             },
-            "datasets/lmms-lab/VQAv2": {"README.md": b"---\n---\n", "data/validation.parquet": b"p" * 200},
+            "datasets/lmms-lab/VQAv2": {
+                "README.md": b"---\n---\n",
+                "data/validation-0.parquet": b"p" * 200,
+                "data/test-0.parquet": b"",
+            },
         }
         self.catalog = {
             name: source
@@ -237,11 +241,16 @@ def test_all_is_downloaded_once_and_then_checked(world):
     data = world.folder / "data"
     assert (data / "images/coco/train2017/2.jpg").stat().st_size == 1 << 20
     assert (data / "LLaVA-Pretrain/images/0/a.jpg").read_bytes() == BIG
-    assert (data / "eval/lmms-lab/VQAv2/data/validation.parquet").exists()
+    assert (data / "eval/lmms-lab/VQAv2/data/validation-0.parquet").exists()
     assert sorted(os.listdir(data / "images/ocr_vqa/images")) == ["1.jpg", "2.jpg"] and "1 .gif files" in said
     vicuna = data / "models/vicuna-7b-v1.5"
     assert json.loads((vicuna / "generation_config.json").read_text()) == {"temperature": 0.9, "do_sample": True}
-    assert not (vicuna / "tf_model.h5").exists() and not list(data.rglob("*.partial")) and not list(data.rglob("*.zip"))
+    assert (
+        not (vicuna / "tf_model.h5").exists()
+        and not list(data.rglob("test-0.parquet"))
+        and not list(data.rglob("*.partial"))
+        and not list(data.rglob("*.zip"))
+    )
     assert "3 rows, 2 with one of 3 images" in said and "2 others are there" in said
     locked = json.loads((data / "sources.lock.json").read_text())
     assert locked["ocr-vqa"]["revision"] == COMMIT and "trusted at first use" in said
