@@ -82,12 +82,11 @@ def test_unpatched_stock_loads_the_checkpoint(smoke, tmp_path):
     stock = tmp_path / "stock"
     shutil.copytree(smoke.upstream, stock, ignore=shutil.ignore_patterns(".git"))
     subprocess.run([sys.executable, "-m", "vista_patch", "revert", stock], check=True, cwd=ROOT)
-    model = "TinyLLaVA" if smoke.config["backbone"] == "tinyllava" else "LLaVA"
     code = f"""
 import sys; sys.path.insert(0, "scripts")
 from pathlib import Path
 import probe, torch
-loaded = probe.{model}(Path({str(smoke.folder / (smoke.variants[1] + "-finetune"))!r}))
+loaded = probe.load(Path({str(smoke.folder / (smoke.variants[1] + "-finetune"))!r}))
 row = probe.held_out(Path({str(smoke.data)!r}))[0][0]
 with torch.inference_mode():
     logp = loaded.forward(row, row["image"])[0]

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, "scripts")
-from probe import IGNORE_INDEX, LLaVA, TinyLLaVA, held_out
+from probe import IGNORE_INDEX, held_out, load
 
 ROUNDS, WARM_UP, ROWS = 20, 3, 16
 checkpoint, data = map(Path, sys.argv[1:])
-tiny = json.loads((checkpoint / "config.json").read_text())["model_type"] == "tinyllava"
-probe = (TinyLLaVA if tiny else LLaVA)(checkpoint)
+probe = load(checkpoint)
 model, device = probe.model.train(), probe.model.device
 if device.type == "cuda":
     model.bfloat16()
