@@ -80,7 +80,6 @@ if [[ ! $dry_run ]]; then
     mkdir -p results
     exec 9>results/.lock
     flock -n 9 || { echo "reproduce: another run is at work in results/: wait for it, or stop it" >&2 && exit 2; }
-    rm -f results/.torch_extensions/*/*/lock # torch waits without end for a compiler that was killed
 fi
 trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
 without=none

@@ -96,8 +96,6 @@ elif [[ ! ${HOSTFILE:-} ]] && ((ranks / nodes > gpus)); then
     fail "$((ranks / nodes)) ranks on $gpus GPUs: set RANKS=$((gpus * nodes))"
 fi
 export PYTHONPATH=upstream/$backbone HF_HUB_OFFLINE=1
-# Where deepspeed compiles: another checkout's environment would make it compile again each time.
-export TORCH_EXTENSIONS_DIR=$PWD/results/.torch_extensions/$environment
 
 if [[ ${launcher[1]} == --num_gpus ]]; then
     # A free port: other trainings may run beside this one.
@@ -109,7 +107,10 @@ pid=$!
 trap 'kill $pid 2>/dev/null; wait $pid; exit 130' INT
 # A launcher that is sent SIGTERM kills its ranks after 30 s: they see this file at the end of a step instead.
 trap 'touch "$out/stop"' TERM USR1
+extensions=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensions}
 while kill -0 $pid 2>/dev/null; do
+    # torch waits without end for a compiler of deepspeed's extension that was killed; it takes under a minute.
+    [[ ! -d $extensions ]] || find "$extensions" -name lock -mmin +5 -delete || true
     timeout 5 tail -s 0.2 --pid $pid -f /dev/null || true
     printf '%s: %s %s\n' "$stage" "$out" "$(tail -c 4000 "$log" | tr '\r' '\n' | grep -oE '[0-9]+/[0-9]+ \[.*\]' | tail -n 1)"
 done
