@@ -429,6 +429,12 @@ def main(folder):
     if not folder.is_dir():
         refuse(folder, "is not a folder", "Give the run's folder, such as results/tiny.")
     (runs, absent), groups = load_runs(folder), {}
+    manifests = {}
+    for path in sorted(folder.glob("manifest-*.json")):
+        try:
+            manifests[path.stem.removeprefix("manifest-")] = json.loads(path.read_text())
+        except ValueError as error:
+            refuse(path, f"not a manifest ({error})", "Run scripts/manifest.py again.")
     missing = [f"{baseline} and its variants: not evaluated" for baseline in absent]
     for baseline, run in runs.items():
         group = {"seeds": run.seeds, "baseline": baseline} | scores(run)
@@ -448,13 +454,7 @@ def main(folder):
     r["versions"] = {name: importlib.metadata.version(name) for name in packages}
     r["versions"]["python"] = platform.python_version()
     r["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    manifests = sorted(folder.glob("manifest-*.json"))
-    r["manifests"] = {}
-    for path in manifests:
-        try:
-            r["manifests"][path.stem.removeprefix("manifest-")] = json.loads(path.read_text())
-        except ValueError as error:
-            refuse(path, f"not a manifest ({error})", "Run scripts/manifest.py again.")
+    r["manifests"] = manifests
 
     here = jinja2.FileSystemLoader(Path(__file__).parent)
     templates = jinja2.Environment(loader=here, trim_blocks=True, undefined=jinja2.StrictUndefined)

@@ -175,7 +175,7 @@ def checkout(tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 @pytest.mark.parametrize("damage, command, message", MALFORMED.values(), ids=MALFORMED)
