@@ -31,10 +31,11 @@ image: setup              ## the image's target cuda, with your Docker engine
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/shellcheck scripts/*.sh docker/*.sh ci/*.sh .ci/run
+	.venv/bin/shellcheck scripts/*.sh scripts/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
+	.venv/bin/hadolint docker/Dockerfile
 
 lock:                     ## docker/locks/*.in -> *.txt
-	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10; do \
+	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10; do \
 	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
 	        -o docker/locks/$${name%:*}.txt; \
 	done
