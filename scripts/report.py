@@ -391,6 +391,8 @@ def verdicts(r):
             else:
                 word = "better" if gain["value"] > 0 else "worse"
                 word = word if gain["p"] < DIFFERS else "no measurable difference"
+                if gain["p"] < DIFFERS and len(r["seeds"]) == 1:
+                    word += " in this one run each; how much another seed changes, the interval does not know"
                 said = f"is {gain['value']:+.2f}% (95% CI {ci(gain['ci95'])}, p = {gain['p']:.2g}): {word}"
             where = f"{name}, Table {table}" if table else name
             if gain["over"] < gain["of"]:
