@@ -125,6 +125,9 @@ elif [[ -e $out/stop ]]; then
     exit 143
 else
     tail -n 40 "$log" >&2
+    # What torch says of a full disk is "iostream error".
+    free=$(df --output=avail -m "$out" | tail -n 1)
+    ((free >= 100)) || echo "$stage: $((free)) MB are free where $out lies: make room" >&2
     echo "$stage: failed; the whole log is $log; run the same command again to continue" >&2
     exit 1
 fi
