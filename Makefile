@@ -1,7 +1,7 @@
 # The two commands of the README, and what keeps them honest.
 .PHONY: reproduce setup test test-pins test-suite test-faults test-docker image lint lock
 
-reproduce:                ## set up everything and run the miniature (about 25 minutes on 2 cores)
+reproduce:                ## set up everything and run the miniature (about 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
 
 setup:

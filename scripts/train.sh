@@ -111,7 +111,7 @@ extensions=${TORCH_EXTENSIONS_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/torch_extensi
 while kill -0 $pid 2>/dev/null; do
     # torch waits without end for a compiler of deepspeed's extension that was killed; it takes under a minute.
     [[ ! -d $extensions ]] || find "$extensions" -name lock -mmin +5 -delete || true
-    timeout 5 tail -s 0.2 --pid $pid -f /dev/null || true
+    timeout --foreground 5 tail -s 0.2 --pid $pid -f /dev/null 8>&- 9>&- || true
     printf '%s: %s %s\n' "$stage" "$out" "$(tail -c 4000 "$log" | tr '\r' '\n' | grep -oE '[0-9]+/[0-9]+ \[.*\]' | tail -n 1)"
 done
 if wait $pid; then

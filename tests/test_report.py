@@ -474,7 +474,9 @@ def test_a_whole_split_gets_a_verdict(suite_run, monkeypatch):
     said = {pair["verdict"].partition(":")[0].partition(",")[0] for pair in paired.values()}
     assert said <= {"reproduced", "not reproduced", "cannot tell"} and len(said) > 1
     assert group["delta"]["llava-v1.5-7b-vista"]["1"]["paper"] == pytest.approx(2.72, abs=0.01)
-    assert {cell["verdict"] for cell in group["table"]["llava-v1.5-7b"].values()} == {"within noise", "differs"}
+    table = group["table"]["llava-v1.5-7b"]
+    known = {cell["verdict"] for column, cell in table.items() if can_cider() or not column.startswith("RefCOCO")}
+    assert known == {"within noise", "differs"}
 
 
 def test_a_judged_mmbench_has_a_score_alone(tmp_path):
