@@ -18,6 +18,7 @@ if [[ $experiment == *-tiny* ]]; then
     python3 scripts/tiny_data.py "$data"
     # Abreast, one thread each: sums over more would depend on their number.
     export OMP_NUM_THREADS=1
+    trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
     for model in "${models[@]}"; do python3 scripts/tiny_models.py "$data" "$model" & done
     failed=0
     for _ in "${models[@]}"; do wait -n || failed=1; done
