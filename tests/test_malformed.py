@@ -101,7 +101,9 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     # flags
     "reproduce: unknown profile": (None, ("scripts/reproduce.sh", "--profile", "large"), "choose tiny or full"),
     "reproduce: flag without value": (None, ("scripts/reproduce.sh", "--seeds"), "give a number from 1 on"),
-    "reproduce: unknown backbone": (None, ("scripts/reproduce.sh", "--backbone", "LLaVA"), "choose llava, tinyllava"),
+    "reproduce: unknown backbone": (
+        None, ("scripts/reproduce.sh", "--backbone", "LLaVA"), "choose llava, tinyllava or both"
+    ),
     "reproduce: no seeds": (None, ("scripts/reproduce.sh", "--seeds", "0"), "give a number from 1 on"),
     "reproduce: unknown flag": (None, ("scripts/reproduce.sh", "--sedes", "1"), "unknown option --sedes"),
     "doctor: unknown profile": (None, ("scripts/doctor.sh", "huge"), "choose tiny or full"),
@@ -109,6 +111,9 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "env: unknown environment": (None, ("scripts/env.sh", "gpu"), "choose cpu, cpu-tinyllava"),
     "upstream: unknown": (None, ("scripts/upstream.sh", "LLaVA"), "choose llava, tinyllava"),
     "patch: unknown": (None, ("scripts/patch.sh", "LLaVA"), "upstream/LLaVA: is no folder"),
+    "train: near to an experiment": (
+        None, ("scripts/train.sh", "llava-tiny-vist", "pretrain"), "did you mean 'llava-tiny-vista'"
+    ),
     "train: no stage": (None, ("scripts/train.sh", "llava-tiny"), "usage: scripts/train.sh EXPERIMENT"),
     "train: unknown stage": (None, ("scripts/train.sh", "llava-tiny", "pretran"), "'pretran'"),
     "train: seed is no number": (None, ("scripts/train.sh", "llava-tiny", "pretrain", "x"), "seed 'x'"),
@@ -126,6 +131,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     ),
     # files that a step needs
     "data: nothing there": (None, ("scripts/data.sh", "llava-v1.5-7b"), "data/models/vicuna-7b-v1.5"),
+    "data: no conversations": (None, ("scripts/data.sh", "llava-v1.5-7b"), "blip_laion_cc_sbu_558k.json"),
     "data: a changed file": (file(f"{DATA}/pretrain.json", "[]"), MAKE_DATA, "delete that folder"),
     "data: half a manifest": (file(f"{DATA}/manifest.json", '{"script": "'), MAKE_DATA, "delete that folder"),
     "train: no first stage": (None, FINETUNE, "run the pretrain stage first"),

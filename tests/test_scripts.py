@@ -114,9 +114,9 @@ def reproduce(tmp_path):
         script.chmod(0o755)
     (tmp_path / "upstream").mkdir()
     (tmp_path / "upstream/llava.source").write_text("there\n")
-    # No GitHub: every address there is a folder that does not exist.
+    # No GitHub: every address there is of a host that no one may have (RFC 2606).
     nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
-    nowhere["GIT_CONFIG_KEY_0"] = f"url.{tmp_path}/nowhere/.insteadOf"
+    nowhere["GIT_CONFIG_KEY_0"] = "url.https://github.invalid/.insteadOf"
 
     def start(*options, **environment):
         command, variables = [tmp_path / "scripts/reproduce.sh", *options], os.environ | nowhere | environment
@@ -156,22 +156,6 @@ def test_a_second_run_is_refused_and_sigterm_stops_the_first(reproduce, tmp_path
     assert reproduce().wait() == 0  # nothing of the first is left that holds the lock
 
 
-@pytest.mark.parametrize(
-    "command,message",
-    [
-        (["scripts/reproduce.sh", "--profile", "large"], "choose tiny or full"),
-        (["scripts/reproduce.sh", "--seeds", "0"], "give a number from 1 on"),
-        (["scripts/reproduce.sh", "--sedes", "1"], "unknown option --sedes"),
-        (["scripts/train.sh", "llava-tiny-vist", "pretrain"], "did you mean 'llava-tiny-vista'"),
-        (["scripts/train.sh", "llava-tiny", "finetune", "987"], "run the pretrain stage first"),
-        (["scripts/data.sh", "llava-v1.5-7b"], "blip_laion_cc_sbu_558k.json"),
-        (["scripts/doctor.sh", "full"], "needs a GPU"),
-        (["scripts/reproduce.sh", "--backbone", "LLaVA"], "choose llava, tinyllava or both"),
-        (["scripts/upstream.sh", "LLaVA"], "choose llava, tinyllava"),
-        (["scripts/env.sh", "gpu"], "choose cpu, cpu-tinyllava"),
-        (["scripts/eval.sh", "llava-tiny", "987"], "train this experiment first"),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_place(command, message):
-    code, _, err = run(*command)
-    assert code != 0 and message in err and "Traceback" not in err
+def test_a_machine_without_a_gpu_is_told_so():
+    code, _, err = run("scripts/doctor.sh", "full")
+    assert code != 0 and "needs a GPU" in err and "Traceback" not in err

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.test_training import kit, run_stock, workshop  # noqa: F401 (fixtures)
+from tests.test_training import kit, run_stock, small_experiment, workshop  # noqa: F401 (fixtures)
 
 pytestmark = [pytest.mark.pins, pytest.mark.upstream]
 STEPS = 16
@@ -181,19 +181,7 @@ def test_both_stages_stopped_by_a_signal_and_continued_end_as_if_they_had_not_be
     """Under deepspeed, ZeRO-2 and ZeRO-3, by train.sh."""
     environment("cpu-tinyllava")
     (tmp_path / ".venv-cpu-tinyllava").symlink_to(ROOT / ".venv-cpu-tinyllava")
-    stages = ""
-    for stage in STAGES:
-        stages += f'[{stage}]\ndata_path = "{parts}/{stage}.json"\nimage_folder = "{parts}/images"\nmax_steps = 6\n'
-        stages += "global_batch = 8\nper_device_train_batch_size = 4\n"
-    (tmp_path / "scripts/configs/small.toml").write_text(f"""
-base = "tinyllava-tiny-vista"
-run = "results"
-[train]
-model_name_or_path = "{parts}/phi"
-vision_tower = "{parts}/siglip"
-model_max_length = 160
-dataloader_num_workers = 0
-{stages}""")
+    small_experiment(tmp_path, "tinyllava-tiny-vista", parts, ("phi", "siglip"), STAGES, {"model_max_length": 160})
 
     def finish(stage):
         running = kit(stage)

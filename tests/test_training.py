@@ -244,28 +244,27 @@ def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs,
     assert weights(out) == weights(folder / "llava")
 
 
+def small_experiment(tree, base, parts, models, stages, train):
+    """Writes the config "small": six steps of these stages on a folder's data and models, over `base`."""
+    train = {"model_name_or_path": f"{parts}/{models[0]}", "vision_tower": f"{parts}/{models[1]}"} | train
+    tables = {"train": train | {"dataloader_num_workers": 0}}
+    for stage in stages:
+        tables[stage] = {"data_path": f"{parts}/{stage}.json", "image_folder": f"{parts}/images"}
+        tables[stage] |= {"max_steps": 6, "global_batch": 8, "per_device_train_batch_size": 4}
+    lines = [f'base = "{base}"', 'run = "results"']
+    for table, values in tables.items():
+        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
+    (tree / "scripts/configs/small.toml").write_text("\n".join(lines))
+
+
 @pytest.fixture
 def kit(workshop, tmp_path):
     """kit(stage, *arguments, **environment): the real train.sh, in a tree of its own, on the experiment "small"."""
     shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
     for name in (".venv", "upstream"):
         (tmp_path / name).symlink_to(ROOT / name)
-    (tmp_path / "scripts/configs/small.toml").write_text(f"""
-base = "llava-tiny-vista"
-run = "results"
-[train]
-model_name_or_path = "{workshop}/llama"
-vision_tower = "{workshop}/clip"
-model_max_length = 96
-dataloader_num_workers = 0
-save_steps = 4
-[pretrain]
-data_path = "{workshop}/pretrain.json"
-image_folder = "{workshop}/images"
-max_steps = 6
-global_batch = 8
-per_device_train_batch_size = 4
-""")
+    train = {"model_max_length": 96, "save_steps": 4}
+    small_experiment(tmp_path, "llava-tiny-vista", workshop, ("llama", "clip"), ("pretrain",), train)
 
     def start(stage, *arguments, **environment):
         command = [tmp_path / "scripts/train.sh", "small", stage, *arguments]
