@@ -37,9 +37,10 @@ case $action in
         # What this machine has in the place of what it may not reach goes along: its CAs, a folder of wheels that pip
         # knows of (torch's CPU build), local copies that git clones instead of a repository, and a Python 3.11 that is
         # not the system's (uv would take one from GitHub).
-        hooks=(--customize-hook='upload /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt')
+        ca=/etc/host-ca.crt # installing Java writes ca-certificates.crt anew
+        hooks=(--customize-hook="upload /etc/ssl/certs/ca-certificates.crt $ca")
         carry() { hooks+=(--customize-hook="mkdir -p \"\$1${1%/*}\"" --customize-hook="copy-in $1 ${1%/*}"); }
-        printf '[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n' >"$work/pip.conf"
+        printf '[global]\ncert = %s\n' "$ca" >"$work/pip.conf"
         wheels=$(pip config list 2>/dev/null | sed -n "s/^.*find-links='\(.*\)'$/\1/p" | head -n 1)
         if [[ -d $wheels ]]; then
             echo "find-links = $wheels" >>"$work/pip.conf"
@@ -62,7 +63,7 @@ case $action in
             --include=apt,ca-certificates "${hooks[@]}" \
             --customize-hook="upload $work/pip.conf /etc/pip.conf" \
             --customize-hook="upload $work/gitconfig /etc/gitconfig" jammy - "$work/sources.list" |
-            /usr/bin/docker import --change 'ENV SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt' - vista-kit:base >/dev/null
+            /usr/bin/docker import --change "ENV SSL_CERT_FILE=$ca" - vista-kit:base >/dev/null
         rm -r "$work"
         echo "vista-kit:base"
         ;;
