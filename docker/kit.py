@@ -133,12 +133,16 @@ def run(args) -> int:
     except ImageNotFound:
         fail(f"there is no image {image}: build it first, scripts/docker_build.sh {args.target}")
     try:
+        # Attached before the start, as `docker run` does: following the log can lose a last line without its end.
+        output = container.attach(stream=True, demux=True)
         container.start()
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda number, _: container.kill(number))
-        for chunk in container.logs(stream=True, follow=True):
-            sys.stdout.buffer.write(chunk)
-            sys.stdout.buffer.flush()
+        for chunks in output:
+            for chunk, stream in zip(chunks, (sys.stdout, sys.stderr), strict=True):
+                if chunk:
+                    stream.buffer.write(chunk)
+                    stream.flush()
         return container.wait()["StatusCode"]
     except APIError as error:
         if "device driver" in str(error):

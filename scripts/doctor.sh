@@ -21,18 +21,33 @@ if [[ $profile == tiny ]]; then
     need_disk=4 need_memory=6
 else
     need_disk=600 need_memory=128 # data 200 GB, and a 7B stage's checkpoints (scripts/cost.py)
-    nvidia-smi &>/dev/null || problem "profile full needs a GPU (tiny runs on a CPU)"
+    if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
+        ((${driver%%.*} >= 525)) || problem "the NVIDIA driver is ${driver%%$'\n'*}: CUDA 12.1 needs 525 or newer"
+        shm_gb=$(($(df --output=size -k /dev/shm | tail -n 1) / 1024 / 1024))
+        ((shm_gb >= 8)) || problem "/dev/shm has $shm_gb GB, NCCL and the data loaders need 8 GB: docker run --shm-size 16g"
+    else
+        problem "profile full needs a GPU (tiny runs on a CPU): nvidia-smi finds none"
+    fi
+    # The port of trainings on several machines; one machine takes any free one.
+    ! (: </dev/tcp/127.0.0.1/"${MASTER_PORT:-29500}") 2>/dev/null ||
+        problem "port ${MASTER_PORT:-29500} is taken here: set MASTER_PORT for trainings on several machines"
+    for file in HF_TOKEN_PATH OPENAI_API_KEY_FILE; do
+        [[ ! ${!file:-} || -s ${!file} ]] || problem "$file=${!file}: no such file, or an empty one"
+    done
     java -version &>/dev/null ||
         problem "RefCOCO's captions are tokenized by a Java program, and there is no java (Debian: apt-get install default-jre-headless)"
     [[ ${MMBENCH_JUDGE:-} ]] ||
         problem "MMBENCH_JUDGE is not set: who judges MMBench's answers that name no option? (scripts/eval.sh says the choices)"
     for backbone in "${@:-llava}"; do
+        # An import proves that the wheel fits torch's ABI.
         ".venv-$backbone/bin/python" -c 'import flash_attn, lmms_eval' 2>/dev/null ||
-            problem "profile full needs .venv-$backbone with flash-attn: run in the image, or scripts/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"
+            problem "profile full needs .venv-$backbone with a flash-attn that loads: run in the image, or scripts/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"
     done
 fi
 ((disk_gb >= need_disk)) || problem "$disk_gb GB of disk are free here, profile $profile needs $need_disk GB"
 ((memory_gb >= need_memory)) || problem "$memory_gb GB of memory are available, profile $profile needs $need_memory GB"
+[[ $profile == tiny ]] ||
+    echo "doctor: $(find data/.sums -type f 2>/dev/null | wc -l) of $(grep -c '^\[' scripts/sources.toml) sources of data and weights are in data/; scripts/data.sh EXPERIMENT --offline checks them"
 echo "doctor: $(nproc) cores, $memory_gb GB of memory, $disk_gb GB of disk; profile $profile takes up to $need_disk GB of disk"
 ((problems)) && exit 2
 echo "doctor: nothing is missing"

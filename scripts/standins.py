@@ -213,15 +213,15 @@ def write(folder, configs, pics):
     """README.md, which names the configs as the hub's cards do, and a parquet file for each."""
     card = ["---", "configs:"]
     for config, (split, rows) in configs.items():
-        path = f"{config}/{split}-00000-of-00001.parquet"
-        card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {config}/{split}-*"]
+        where = "data" if config == "default" else config  # as on the hub
+        card += [f"- config_name: {config}", "  data_files:", f"  - split: {split}", f"    path: {where}/{split}-*"]
         if not rows:
             continue
-        (folder / config).mkdir(parents=True)
+        (folder / where).mkdir(parents=True)
         table = datasets.Dataset.from_list(list(rows(pics, random.Random(SEED))))
         if "image" in table.features and isinstance(table.features["image"], list):  # several pictures in a row
             table = table.cast_column("image", datasets.Sequence(datasets.Image()))
-        table.to_parquet(folder / path)
+        table.to_parquet(folder / where / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text("\n".join([*card, "---", "A stand-in made by scripts/standins.py.", ""]))
 
 

@@ -111,12 +111,38 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return True
 
 
+def write_catalog(folder, catalog):
+    def value(v):
+        return (
+            "{" + ", ".join(f"{json.dumps(k)} = {json.dumps(x)}" for k, x in v.items()) + "}"
+            if isinstance(v, dict)
+            else json.dumps(v)
+        )
+
+    lines = [
+        f'["{name}"]\n' + "".join(f"{k} = {value(v)}\n" for k, v in table.items()) for name, table in catalog.items()
+    ]
+    (folder / "scripts/sources.toml").write_text("\n".join(lines))
+
+
+@contextlib.contextmanager
+def serving():
+    """A server whose hub and plain are still to be filled."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hub, server.plain, server.log, server.fault, server.altered, server.claimed = {}, {}, [], None, {}, {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
 class World:
     """A folder with the real scripts and a small catalog, and the server that the catalog names."""
 
     def __init__(self, folder, server):
         self.folder, self.server = folder, server
-        server.log, server.fault, server.altered, server.claimed = [], None, {}, {}
         self.url = f"http://127.0.0.1:{server.server_port}"
         (folder / "scripts").mkdir()
         (folder / ".venv").symlink_to(ROOT / ".venv")
@@ -173,18 +199,7 @@ class World:
         self.write_catalog()
 
     def write_catalog(self):
-        def value(v):
-            return (
-                "{" + ", ".join(f"{json.dumps(k)} = {json.dumps(x)}" for k, x in v.items()) + "}"
-                if isinstance(v, dict)
-                else json.dumps(v)
-            )
-
-        lines = [
-            f'["{name}"]\n' + "".join(f"{k} = {value(v)}\n" for k, v in table.items())
-            for name, table in self.catalog.items()
-        ]
-        (self.folder / "scripts/sources.toml").write_text("\n".join(lines))
+        write_catalog(self.folder, self.catalog)
 
     def start(self, *options, before=(), **variables):
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / "home"), "no_proxy": "127.0.0.1"}
@@ -213,11 +228,8 @@ class World:
 
 @pytest.fixture
 def world(tmp_path):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield World(tmp_path, server)
-    server.shutdown()
-    server.server_close()
+    with serving() as server:
+        yield World(tmp_path, server)
 
 
 def once(*answers):

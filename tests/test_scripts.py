@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 
@@ -159,3 +160,19 @@ def test_a_second_run_is_refused_and_sigterm_stops_the_first(reproduce, tmp_path
 def test_a_machine_without_a_gpu_is_told_so():
     code, _, err = run("scripts/doctor.sh", "full")
     assert code != 0 and "needs a GPU" in err and "Traceback" not in err
+
+
+def test_the_doctor_names_an_old_driver_a_taken_port_and_an_empty_token(tmp_path):
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 470.42.01\necho 470.42.01\n")
+    driver.chmod(0o755)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": port}
+        variables["HF_TOKEN_PATH"] = f"{tmp_path}/none"
+        code, out, err = run("scripts/doctor.sh", "full", **variables)
+    assert code == 2 and "driver is 470.42.01: CUDA 12.1 needs 525" in err and f"port {port} is taken" in err
+    assert f"HF_TOKEN_PATH={tmp_path}/none: no such file" in err and "a flash-attn that loads" in err
+    assert "sources of data and weights are in data/" in out
+    driver.write_text("#!/bin/sh\necho 550.54.15\n")
+    assert "driver" not in run("scripts/doctor.sh", "full", **variables)[2]

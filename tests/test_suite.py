@@ -243,7 +243,7 @@ def test_a_data_set_of_which_a_part_is_missing_is_told(suite, standins, tmp_path
     (file,) = tmp_path.glob("lmms-lab/MME/*/*.parquet")
     file.rename(file.with_name("test-00000-of-00002.parquet"))
     code, log = suite(["mme"], EVAL_DATA=str(tmp_path))
-    assert code == 2 and "default has 1 of 2 test-* files: download lmms-lab/MME again" in log
+    assert code == 2 and "data has 1 of 2 test-* files: download lmms-lab/MME again" in log
 
 
 def wait_for(condition):
