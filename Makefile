@@ -1,5 +1,5 @@
 # The two commands of the README, and what keeps them honest.
-.PHONY: reproduce setup test test-pins test-suite test-faults test-docker image lint lock
+.PHONY: reproduce setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
 
 reproduce:                ## set up everything and run the miniature (about 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
@@ -18,6 +18,9 @@ test-pins: setup          ## what needs other environments (installs 15 GB more)
 
 test-suite: setup         ## lmms-eval over the paper's 18 tasks, on stand-ins of their data (5 minutes)
 	.venv/bin/python -m pytest -m suite
+
+test-rehearsal: setup     ## the full profile of both backbones, from a local hub to Tables 1-3 (5 GB more)
+	.venv/bin/python -m pytest -m rehearsal
 
 test-faults: setup        ## the miniature killed at 20 moments, a full disk, damaged checkpoints
 	.venv/bin/python -m pytest -m faults

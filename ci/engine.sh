@@ -35,8 +35,8 @@ case $action in
         echo "0d0e7ed6b112f5d03eabf3c7eb01ebdacf9c57714b279e90495cfc58c8c4520f  $work/keys.deb" | sha256sum --check --quiet
         dpkg-deb --extract "$work/keys.deb" "$work"
         # What this machine has in the place of what it may not reach goes along: its CAs, a folder of wheels that pip
-        # knows of (torch's CPU build), local copies that git clones instead of a repository, and a Python 3.11 that is
-        # not the system's (uv would take one from GitHub).
+        # knows of (torch's CPU build), local copies that git clones instead of an upstream, and a Python 3.11 that is not
+        # the system's (uv would take one from GitHub).
         ca=/etc/host-ca.crt # installing Java writes ca-certificates.crt anew
         hooks=(--customize-hook="upload /etc/ssl/certs/ca-certificates.crt $ca")
         carry() { hooks+=(--customize-hook="mkdir -p \"\$1${1%/*}\"" --customize-hook="copy-in $1 ${1%/*}"); }
@@ -49,7 +49,7 @@ case $action in
         touch "$work/gitconfig"
         while IFS='= ' read -r key url; do
             copy=${key#url.} && copy=${copy%.insteadof}
-            [[ -d $copy ]] || continue
+            [[ -d $copy && $(<"${0%/*}/../patches/upstreams.toml") == *"\"$url\""* ]] || continue
             git config --file "$work/gitconfig" "$key" "$url"
             carry "$copy"
         done < <(git config --get-regexp '^url\..*\.insteadof$' | tr ' ' =)

@@ -19,7 +19,7 @@ from tests.test_download import packed, serving, sha256, write_catalog
 sys.path.insert(0, str(ROOT / "scripts"))
 import config
 
-pytestmark = [pytest.mark.suite, pytest.mark.upstream]
+pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 SMALLER = {
     "ranks = 8": "ranks = 1", "global_batch = 256": "global_batch = 16", "global_batch = 128": "global_batch = 8",
     "device_train_batch_size = 32": "device_train_batch_size = 8",
