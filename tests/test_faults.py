@@ -43,13 +43,13 @@ KILLS = [  # (the step, at least and at most so many seconds after it begins, or
 ]  # fmt: skip
 
 
-def small_kit(folder):
+def small_kit(folder, smaller=SMALLER):
     """A checkout that `make setup` has not seen yet, but for its environment; its whole run takes minutes."""
     for name in ("docker/locks", "patches", "scripts", "vista_patch"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in (".venv", ".uv"):
         (folder / name).symlink_to(ROOT / name)
-    for name, changes in SMALLER.items():
+    for name, changes in smaller.items():
         text = (folder / "scripts" / name).read_text()
         for before, after in changes.items():
             assert before in text, (name, before)

@@ -7,7 +7,6 @@ small), the data (easy-vqa's pictures in the JSONs' folders, scripts/standins.py
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -15,21 +14,21 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.test_download import packed, serving, sha256, write_catalog
+from tests.test_faults import small_kit
 
 sys.path.insert(0, str(ROOT / "scripts"))
 import config
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
-SMALLER = {
+BOTH = {
     "ranks = 8": "ranks = 1", "global_batch = 256": "global_batch = 16", "global_batch = 128": "global_batch = 8",
     "device_train_batch_size = 32": "device_train_batch_size = 8",
     "device_train_batch_size = 16": "device_train_batch_size = 4",
+    "save_safetensors = true": "save_safetensors = false",  # scripts/configs/llava-tiny.toml has the reason
 }  # fmt: skip
-CPU = {"save_safetensors = true": "save_safetensors = false"}  # scripts/configs/llava-tiny.toml has the reasons
-CHANGED = {
-    "llava-v1.5-7b": SMALLER | CPU | {'".venv-llava"': '".venv"', "train_mem": "train", "tf32 = true": "tf32 = false"},
-    "tinyllava-3b": SMALLER | CPU | {'".venv-tinyllava"': '".venv-cpu-tinyllava"', "flash_attention_2": "eager"},
-}
+LLAVA = {'".venv-llava"': '".venv"', "train_mem": "train", "tf32 = true": "tf32 = false"}
+TINYLLAVA = {'".venv-tinyllava"': '".venv-cpu-tinyllava"', "flash_attention_2": "eager"}
+CHANGED = {"configs/llava-v1.5-7b.toml": BOTH | LLAVA, "configs/tinyllava-3b.toml": BOTH | TINYLLAVA}
 DOCTOR = "#!/bin/sh\necho 'doctor: not asked: there is no GPU here, and 600 GB are not needed'\n"
 FOLDERS = {  # of mix665k's images: the archive, by its source's name in the catalog, and how the JSON calls its files
     "coco": "coco/train2017/{}.jpg", "gqa": "gqa/images/{}.jpg", "ocr-vqa": "ocr_vqa/images/{}.jpg",
@@ -121,18 +120,9 @@ def serve(server, folder):
 @pytest.fixture
 def kit(tmp_path):
     """A checkout whose full experiments are small."""
-    folder = tmp_path / "kit"
-    for name in ("docker/locks", "patches", "scripts", "vista_patch"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".venv", ".uv", ".venv-cpu-tinyllava", "upstream"):
+    folder = small_kit(tmp_path / "kit", CHANGED)
+    for name in (".venv-cpu-tinyllava", "upstream"):
         (folder / name).symlink_to(ROOT / name)
-    for name, changes in CHANGED.items():
-        path = folder / f"scripts/configs/{name}.toml"
-        text = path.read_text()
-        for before, after in changes.items():
-            assert before in text, (name, before)
-            text = text.replace(before, after)
-        path.write_text(text)
     (folder / "scripts/doctor.sh").write_text(DOCTOR)
     return folder
 
