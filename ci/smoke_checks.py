@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import mannwhitneyu
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -63,12 +64,16 @@ class Smoke:
 
 @pytest.mark.parametrize("stage", ("pretrain", "finetune"))
 def test_the_cross_entropy_falls(smoke, stage):
+    """The last fifth of the steps against the first. A step's value hangs on whether its rows are text alone, so no
+    bound on a few of them would do."""
     for variant in smoke.variants:
         log = smoke.log(variant, stage)
         ce = [row.get("loss_ce", row["loss"]) for row in log]  # the baseline's loss is the cross-entropy
-        ends = np.mean(ce[:10]), np.mean(ce[-10:])
-        smoke.row[f"CE, {stage}, {'VISTA' if 'vista' in variant else 'baseline'}"] = "{:.3f} → {:.3f}".format(*ends)
-        assert len(log) == smoke.config[stage]["max_steps"] and np.isfinite(ce).all() and ends[1] < 0.8 * ends[0]
+        first, last = ce[: len(ce) // 5], ce[-(len(ce) // 5) :]
+        name = f"CE, {stage}, {'VISTA' if 'vista' in variant else 'baseline'}"
+        smoke.row[name] = f"{np.mean(first):.3f} → {np.mean(last):.3f}"
+        assert len(log) == smoke.config[stage]["max_steps"] and np.isfinite(ce).all()
+        assert mannwhitneyu(last, first, alternative="less").pvalue < 0.01
 
 
 def test_the_term_falls_against_the_baseline(smoke):

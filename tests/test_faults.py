@@ -129,7 +129,9 @@ def test_killed_at_twenty_moments_it_ends_as_if_it_had_not_been(undisturbed, tmp
         assert process.wait() in (-signal.SIGKILL, 0), log.read_text()[-3000:]
         time.sleep(0.5)
         assert not left(folder), "the whole process group was killed"
-        print(f"{time.strftime('%X')} killed in {step}", flush=True)
+        print(f"{time.strftime('%X')} {'killed in' if process.returncode else 'too late for'} {step}", flush=True)
+        if not process.returncode:  # a fast machine: all is done, and the moments to come, the cosine's, need work
+            shutil.rmtree(folder / "results/tiny/seed0/llava-tiny-vista-cosine-finetune")
     assert len(killed) >= len(KILLS) - 2, killed
     code, output = run(folder, "scripts/reproduce.sh")
     assert code == 0, output[-3000:]
