@@ -1,7 +1,7 @@
 # The two commands of the README, and what keeps them honest.
 .PHONY: reproduce setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
 
-reproduce:                ## set up everything and run the miniature (about 18 minutes on 2 cores)
+reproduce:                ## set up everything and run the miniature (13 to 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
 
 setup:
