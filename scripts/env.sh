@@ -46,6 +46,8 @@ if command -v pyenv >/dev/null; then
     PYENV_VERSION=$(pyenv versions --bare | paste -sd: -)
     export PYENV_VERSION
 fi
+# A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch, when built and imported.
+unset DS_ACCELERATOR
 echo "env: installing $(grep -c == "$lock") packages into $venv"
 rm -f "$venv/lock.sha256"
 [[ -x $venv/bin/python ]] || .uv/bin/uv venv --quiet --python "$python" "$venv"
@@ -53,6 +55,5 @@ rm -f "$venv/lock.sha256"
 # vista_patch comes from this folder.
 echo "$PWD" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vista_patch.pth"
 echo "env: checking imports"
-# A caller's DS_ACCELERATOR=cpu makes the pinned deepspeed look for Intel's extension of torch.
-env -u DS_ACCELERATOR "$venv/bin/python" -c "import torch, deepspeed, peft, transformers, $imports" >/dev/null
+"$venv/bin/python" -c "import torch, deepspeed, peft, transformers, $imports" >/dev/null
 echo "$want" >"$venv/lock.sha256"
