@@ -10,6 +10,7 @@ usage() { sed -n 's/^#   /usage: /p' "$0" >&2 && exit 2; }
 fail() { echo "probe: $*" >&2 && exit 2; }
 # One thread, as in training.
 export PYTHONPATH=. HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+unset DS_ACCELERATOR # a caller's "cpu" makes the pinned deepspeed look for Intel's extension of torch
 
 if [[ ${1:-} != --* ]]; then
     cd "$(dirname "$0")/.."
