@@ -2,7 +2,7 @@
 out of a local hub, over both stages of the six experiments, to the paper's Tables 1-3.
 
 The scripts, the catalog's sources and the configs are the real ones. What differs from 8 GPUs: the models (random and
-small), the data (easy-vqa's pictures in the JSONs' folders, scripts/standins.py's benchmarks), and CHANGED.
+small), the data (easy-vqa's pictures in the JSONs' folders, scripts/standins.py's benchmarks), CHANGED, and doctor.sh.
 """
 
 import json

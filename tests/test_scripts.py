@@ -115,9 +115,9 @@ def reproduce(tmp_path):
         script.chmod(0o755)
     (tmp_path / "upstream").mkdir()
     (tmp_path / "upstream/llava.source").write_text("there\n")
-    # No GitHub: every address there is of a host that no one may have (RFC 2606).
-    nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1", "GIT_CONFIG_VALUE_0": "https://github.com/"}
-    nowhere["GIT_CONFIG_KEY_0"] = "url.https://github.invalid/.insteadOf"
+    # No GitHub: git clones nothing over https.
+    nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1"}
+    nowhere |= {"GIT_CONFIG_KEY_0": "protocol.https.allow", "GIT_CONFIG_VALUE_0": "never"}
 
     def start(*options, **environment):
         command, variables = [tmp_path / "scripts/reproduce.sh", *options], os.environ | nowhere | environment
