@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from vista_patch.config import VistaConfig
+from vista_patch.config import FLAGS, VistaConfig, nearest
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -64,7 +64,8 @@ def _override(base: dict, changes: dict, where: str) -> dict:
     merged = dict(base)
     for key, value in changes.items():
         if key not in base:
-            raise ConfigError(f"{where}unknown key {key!r}: {_nearest(key, list(base))}")
+            hint = nearest(key, {name: flag for flag, name in FLAGS.items()}) if "vista_weight" in base else None
+            raise ConfigError(f"{where}unknown key {key!r}: {hint or _nearest(key, list(base))}")
         if isinstance(base[key], dict) and isinstance(value, dict):
             value = _override(base[key], value, f"{where}[{key}] ")
         elif isinstance(base[key], float) and type(value) is int:
@@ -93,7 +94,7 @@ def flags(config: dict, stage: str) -> list[str]:
             f"x ranks {config['ranks']}: change one of the three (PER_DEVICE and RANKS set the last two)"
         )
     try:
-        VistaConfig(**{key.removeprefix("vista_").replace("vista", "metric"): v for key, v in config["vista"].items()})
+        VistaConfig.from_arguments(config["vista"])
     except ValueError as error:
         raise ConfigError(f"[vista] {error}") from None
     values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}

@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,9 +251,35 @@ def test_unknown_settings_are_refused(make_model, settings, message):
         make_model(settings)(**batch())
 
 
-def test_setup_refuses_a_model_that_would_not_add_the_term(make_model):
-    from types import SimpleNamespace
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ({"vista_metric": "l2"}, "unknown key 'vista_metric': did you mean vista?"),
+        ({"metric": "l2"}, "did you mean vista?"),
+        ({"vista_wieght": 1}, "did you mean vista_weight?"),
+        ({"vista_ramp": "t/n"}, "choose from t/m, t, one"),
+    ],
+)
+def test_unknown_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        VistaConfig.from_arguments(arguments)
 
+
+def test_settings_walk_from_flags_to_config_and_back():
+    """One mapping: what a script parsed, a config's [vista] table, model.config.vista."""
+    config = VistaConfig("cosine", "sum", "one", 0.5, True)
+    flags = config.to_arguments()
+    assert flags == {
+        "vista": "cosine", "vista_reduction": "sum", "vista_ramp": "one", "vista_weight": 0.5,
+        "vista_detach_text": True,
+    }  # fmt: skip
+    parsed = SimpleNamespace(**flags, model_name_or_path="x")
+    assert VistaConfig.from_arguments(flags) == VistaConfig.from_arguments(parsed) == config
+    assert VistaConfig.from_dict(config.to_dict()) == config
+    assert VistaConfig.from_arguments({}) == VistaConfig()
+
+
+def test_setup_refuses_a_model_that_would_not_add_the_term(make_model):
     from torch import nn
 
     from vista_patch import vista_setup

@@ -66,6 +66,8 @@ def config(tmp_path, monkeypatch):
         ("[pretrain]\nlerning_rate = 1.0", "did you mean 'learning_rate'"),
         ("rank = 4", "did you mean 'ranks'"),
         ('[vista]\nvista_weight = "1"', "must be float"),
+        ('[vista]\nvista_metric = "l2"', r"\[vista\] unknown key 'vista_metric': did you mean vista\?"),
+        ("[vista]\nvista_wieght = 1.0", r"did you mean vista_weight\?"),
         ("ranks = 3", "global_batch 256 is not a multiple of per_device_train_batch_size 32 x ranks 3"),
         ("ranks =", "Invalid value"),
     ],

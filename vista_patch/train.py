@@ -1,29 +1,19 @@
 """VISTA in a LLaVA-style train.py: its flags, and its figures in the trainer's log."""
 
 import math
-from dataclasses import field, make_dataclass
-from typing import Literal
+from dataclasses import field, fields, make_dataclass
 
-from .config import CHOICES, VistaConfig
+from .config import FLAGS, VistaConfig
 from .model import PARSED, vista_metrics
 
 
 def vista_arguments(arguments: type) -> type:
     """Decorates a dataclass that HfArgumentParser reads: adds --vista and its settings, all off by default."""
-    default = VistaConfig()
-    flags = [
-        ("vista", Literal[CHOICES["metric"]], default.metric, "distance of text embeddings to the last image token"),
-        (
-            "vista_reduction",
-            Literal[CHOICES["reduction"]],
-            default.reduction,
-            "of the squared distance over d; sum: Eq. 10",
-        ),
-        ("vista_ramp", Literal[CHOICES["ramp"]], default.ramp, "f(t), the weight of the t-th of m text tokens"),
-        ("vista_weight", float, default.weight, "multiplies the term"),
-        ("vista_detach_text", bool, default.detach_text, "stop the term's gradient into the text embeddings"),
-    ]
-    added = [(name, kind, field(default=value, metadata={"help": text})) for name, kind, value, text in flags]
+    settings = {f.name: f for f in fields(VistaConfig)}
+    added = []
+    for flag, name in FLAGS.items():
+        setting = settings[name]
+        added.append((flag, setting.type, field(default=setting.default, metadata=setting.metadata)))
 
     def parsed(self):
         getattr(super(extended, self), "__post_init__", lambda: None)()
@@ -45,13 +35,7 @@ def vista_setup(trainer, arguments) -> None:
     where VISTA is on and no module of the model has a forward that adds it.
     """
     PARSED.clear()
-    config = VistaConfig(
-        metric=arguments.vista,
-        reduction=arguments.vista_reduction,
-        ramp=arguments.vista_ramp,
-        weight=arguments.vista_weight,
-        detach_text=arguments.vista_detach_text,
-    )
+    config = VistaConfig.from_arguments(arguments)
     classes = {cls for module in trainer.model.modules() for cls in type(module).__mro__}
     if config.active and not any(hasattr(vars(cls).get("forward"), "adds_vista") for cls in classes):
         raise TypeError(
