@@ -4,7 +4,7 @@
 
 Each, FOLDER/OWNER/NAME, has its data set's own configs, splits and columns, as far as lmms-eval 0.3.0 reads them, and
 8 to 16 rows: held-out pictures of easy-vqa, asked in that benchmark's way. Scores on them say nothing about a model.
-Two runs write the same bytes.
+Two runs write the same bytes. A stand-in replaces an older one, and never a data set that the kit did not make.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
-from tiny_data import COLORS, SEED, SHAPES, easyvqa_split
+from tiny_data import COLORS, SEED, SHAPES, anew, easyvqa_split, made_by_kit
 
 CHINESE = dict(zip(COLORS, ("黑色", "蓝色", "棕色", "灰色", "绿色", "红色", "青色", "黄色"), strict=True))
 BRIEF = "Please answer directly with only the letter of the correct option and nothing else."
@@ -228,12 +228,16 @@ def write(folder, configs, pics):
 def main(out):
     datasets.disable_progress_bar()
     pics = pictures(8)
-    shutil.rmtree(out / ".cache", ignore_errors=True)  # of older ones, by scripts/eval.sh
+    for name in SETS:  # before anything is replaced
+        made_by_kit(out / name)
+        made_by_kit(out / f"{name}.partial")
+    for cache in ("sets", "converted"):  # of older ones, by scripts/eval.sh
+        shutil.rmtree(out / ".cache" / cache, ignore_errors=True)
     for name, configs in SETS.items():
         final, partial = out / name, out / f"{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(final, ignore_errors=True)
+        anew(partial)
         write(partial, configs, pics)
+        shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
     print(f"{out}: stand-ins for {len(SETS)} data sets")
 

@@ -1,6 +1,11 @@
 """Data of the miniature: easy-vqa's pictures and scenes of scikit-learn's handwritten digits, in LLaVA's JSON format.
 
-    python scripts/tiny_data.py [OUT]        OUT defaults to results/tiny/data
+    python scripts/tiny_data.py [OUT] [--scenes N] [--easyvqa N] [--digits N] [--describe N]
+
+OUT defaults to results/tiny/data, and the sizes to the miniature's; tests make less:
+--scenes            digit scenes for training
+--easyvqa, --digits evaluation rows of each question type (3 and 5 types)
+--describe          long-answer evaluation rows of each image set
 
 OUT/images/...            64x64 RGB PNGs of the training split
 OUT/pretrain.json         stage 1, image -> caption, one row per training image (as blip_laion_cc_sbu_558k.json)
@@ -8,12 +13,15 @@ OUT/finetune.json         stage 2, one- and multi-turn conversations, some witho
 OUT/annotations.json      training image -> what is known of it: shape, color, digits (top left ... bottom right)
 OUT/eval/TASK.parquet     held-out rows: question_id, image, question, answer, question_type. Tasks: easyvqa, digits,
                           their rows with a grey image (easyvqa_blind, digits_blind), and describe (long answers)
-OUT/manifest.json         sha256 of every file and of this script; written last, so its presence means "whole"
+OUT/manifest.json         the sizes, and sha256 of every file and of this script; written last, so its presence means
+                          "whole"
+OUT/.made_by              says that the kit made the folder; no folder without it is deleted
 
 Held out: easy-vqa's own test split, and scenes made only of digit images that no training scene contains.
 Everything follows from SEED: two runs write the same bytes.
 """
 
+import argparse
 import hashlib
 import io
 import json
@@ -28,10 +36,8 @@ SHAPES = ["circle", "rectangle", "triangle"]
 COLORS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
 CELLS = ["top left", "top right", "bottom left", "bottom right"]
 NUMBERS = ["no", "one", "two", "three", "four"]
-SCENES = 4000  # digit scenes for training, as many as easy-vqa has training images
+SIZES = {"scenes": 4000, "easyvqa": 120, "digits": 60, "describe": 32}  # easy-vqa has 4,000 training images too
 HELD_OUT_DIGITS = 360  # of the 1,797 digit images
-PER_TYPE = {"easyvqa": 120, "digits": 60}  # evaluation rows per question type (3 and 5 types)
-DESCRIBE = 32  # long-answer evaluation rows per image set
 GREY = (128, 128, 128)
 
 
@@ -181,9 +187,9 @@ def with_image(pairs, rng):
     return turns([(rng.choice([f"<image>\n{question}", f"{question}\n<image>"]), answer), *rest])
 
 
-def write_training(out, rng):
+def write_training(out, scenes, rng):
     pretrain, finetune, annotations = [], [], {}
-    for name, samples in (("easyvqa", easyvqa_split("train")), ("digits", digit_scenes(SCENES, False, rng))):
+    for name, samples in (("easyvqa", easyvqa_split("train")), ("digits", digit_scenes(scenes, False, rng))):
         (out / "images" / name).mkdir(parents=True)
         for i, (data, note, questions) in enumerate(samples):
             row = {"id": f"{name}-{i}", "image": f"{name}/{i}.png"}
@@ -204,7 +210,7 @@ def write_training(out, rng):
     (out / "annotations.json").write_text(json.dumps(annotations, indent=1))
 
 
-def write_eval(out, rng):
+def write_eval(out, sizes, rng):
     from PIL import Image
 
     blank, describe = png(Image.new("RGB", (64, 64), GREY)), []
@@ -214,7 +220,7 @@ def write_eval(out, rng):
         chosen = [
             row
             for kind in sorted({row[4] for row in rows})
-            for row in [row for row in rows if row[4] == kind][: PER_TYPE[name]]
+            for row in [row for row in rows if row[4] == kind][: sizes[name]]
         ]
         write_parquet(out / f"{name}.parquet", name, chosen)
         write_parquet(out / f"{name}_blind.parquet", name, [(i, blank, *qa) for i, _, *qa in chosen])
@@ -223,7 +229,7 @@ def write_eval(out, rng):
             for i, (data, note, _) in enumerate(samples)
             if description(note)
         ]
-        describe += rng.sample(long, DESCRIBE)
+        describe += rng.sample(long, sizes["describe"])
     write_parquet(out / "describe.parquet", "describe", describe)
 
 
@@ -258,26 +264,56 @@ def files(folder):
     return {p.relative_to(folder).as_posix(): sha256(p) for p in found}
 
 
-def main(out):
+def made_by_kit(folder):
+    """Exits where something lies at `folder` that does not say that the kit made it; an empty folder is no one's."""
+    theirs = any(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else os.path.lexists(folder)
+    if theirs and not (folder / ".made_by").is_file():
+        sys.exit(f"{folder} was not made by this kit, which would replace it: move it away and run again")
+
+
+def anew(folder):
+    """Makes an empty `folder` that says who made it, in the place of an older one that says so too."""
+    made_by_kit(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / ".made_by").write_text("The kit made this folder and replaces it when it makes it anew.\n")
+
+
+def main(out, sizes):
+    expected = {"sizes": sizes, "script": sha256(Path(__file__))}
     if out.exists():
-        manifest, expected = out / "manifest.json", {"script": sha256(Path(__file__)), "files": files(out)}
-        if not manifest.is_file() or manifest.read_text() != json.dumps(expected, indent=1):
-            sys.exit(f"{out} is not what this version of scripts/tiny_data.py writes: delete that folder and run again")
+        manifest = out / "manifest.json"
+        if not manifest.is_file() or manifest.read_text() != json.dumps(expected | {"files": files(out)}, indent=1):
+            sys.exit(
+                f"{out} is not what this version of scripts/tiny_data.py writes with {sizes}: "
+                "move or delete that folder and run again"
+            )
         return print(f"{out}: whole, nothing to do")
     partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    anew(partial)
     rng = random.Random(SEED)
-    write_training(partial, rng)
+    write_training(partial, sizes["scenes"], rng)
     (partial / "eval").mkdir()
-    write_eval(partial / "eval", rng)
-    manifest = {"script": sha256(Path(__file__)), "files": files(partial)}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    write_eval(partial / "eval", sizes, rng)
+    expected["files"] = files(partial)
+    (partial / "manifest.json").write_text(json.dumps(expected, indent=1))
     os.replace(partial, out)
-    print(f"{out}: {len(manifest['files'])} files written")
+    print(f"{out}: {len(expected['files'])} files written")
+
+
+def size(text):
+    """A whole number from 1 on, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
+    return int(text)
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] or sys.argv[-1].startswith("-"):
-        sys.exit(__doc__)
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/tiny/data"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, default="results/tiny/data")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=size, default=default)
+    given = vars(parser.parse_args())
+    main(given.pop("out"), given)

@@ -1,6 +1,8 @@
 """The miniature's pre-trained parts, from scratch on the training split of scripts/tiny_data.py.
 
-    python scripts/tiny_models.py DATA FOLDER...        the last part of each FOLDER's name says what to make
+    python scripts/tiny_models.py DATA FOLDER... [--vision-steps N] [--language-steps N]
+
+The last part of each FOLDER's name says what to make; tests train it for fewer steps.
 
 clip-tiny, siglip-tiny   CLIPVisionModel or SiglipVisionModel and its image processor. Supervised by the annotations
                          (shape, color, the digit in each quarter) on the patch tokens of hidden_states[-2]: the
@@ -12,13 +14,13 @@ llama-tiny, phi-tiny     LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer
 A model that is there already is skipped. Each is written under another name and renamed when whole.
 """
 
+import argparse
 import hashlib
 import io
 import json
 import math
 import os
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -27,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_data import COLORS, SEED, SHAPES, caption, digit_scenes, easyvqa_split
+from tiny_data import COLORS, SEED, SHAPES, anew, caption, digit_scenes, easyvqa_split, size
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -251,22 +253,25 @@ MAKE = {
 }
 
 
-def main(data, *folders):
+def main(data, folders):
     manifest = data / "manifest.json"
     if not manifest.exists():
         sys.exit(f"{data} holds no data: run scripts/tiny_data.py {data} first")
-    made_from = hashlib.sha256(manifest.read_bytes() + Path(__file__).read_bytes()).hexdigest() + "\n"
+    settings = json.dumps([VISION, LANGUAGE]).encode()
+    made_from = hashlib.sha256(manifest.read_bytes() + Path(__file__).read_bytes() + settings).hexdigest() + "\n"
     for final in folders:
         if final.name not in MAKE:
             sys.exit(f"{final}: there is no model {final.name!r}: choose {', '.join(MAKE)}")
         if final.exists():
             if not (final / "made_from.sha256").exists() or (final / "made_from.sha256").read_text() != made_from:
-                sys.exit(f"{final} was made from other data or by another scripts/tiny_models.py: delete that folder")
+                sys.exit(
+                    f"{final} was made from other data, for other steps or by another scripts/tiny_models.py: "
+                    "move or delete that folder and run again"
+                )
             print(f"{final}: whole, nothing to do")
             continue
         partial = final.with_name(final.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        anew(partial)
         torch.manual_seed(SEED)
         make, new = MAKE[final.name]
         make(final.name, new, data, partial)
@@ -276,6 +281,13 @@ def main(data, *folders):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    main(*map(Path, sys.argv[1:]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("data", metavar="DATA", type=Path)
+    parser.add_argument("folders", metavar="FOLDER", nargs="+", type=Path)
+    parser.add_argument("--vision-steps", type=size, default=VISION["steps"])
+    parser.add_argument("--language-steps", type=size, default=LANGUAGE["steps"])
+    given = parser.parse_args()
+    VISION["steps"], LANGUAGE["steps"] = given.vision_steps, given.language_steps
+    main(given.data, given.folders)

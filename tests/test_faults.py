@@ -22,14 +22,15 @@ from tests.conftest import ROOT
 
 EXPERIMENTS = ("llava-tiny", "llava-tiny-vista", "llava-tiny-vista-cosine")
 SMALLER = {  # file below scripts: what stands there, and what makes the run short
-    "tiny_data.py": {"SCENES = 4000": "SCENES = 100", '"easyvqa": 120, "digits": 60': '"easyvqa": 4, "digits": 4'}
-    | {"DESCRIBE = 32": "DESCRIBE = 4"},
-    "tiny_models.py": {'"steps": 700': '"steps": 20', '"steps": 400': '"steps": 20'},
     "configs/llava-tiny.toml": {"max_steps = 100": "max_steps = 4", "max_steps = 250": "max_steps = 8"}
     | {"save_steps = 50": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
     "configs/llava-tiny-vista.toml": {'["easyvqa", "digits"]': '["digits"]'},
     "configs/llava-tiny-vista-cosine.toml": {'["easyvqa", "digits"]': '["digits"]'},
 }  # fmt: skip
+SIZES = {
+    "TINY_DATA": "--scenes 100 --easyvqa 4 --digits 4 --describe 4",
+    "TINY_MODELS": "--vision-steps 20 --language-steps 20",
+}
 KILLS = [  # (the step, at least and at most so many seconds after it begins, or after a checkpoint is begun)
     ("scripts/upstream.sh", 0, 2), ("scripts/upstream.sh", 0, 4), ("scripts/patch.sh", 0, 0.3),
     ("scripts/data.sh", 0, 4), ("scripts/data.sh", 4, 12), ("scripts/data.sh", 8, 16),
@@ -59,11 +60,14 @@ def small_kit(folder, smaller=SMALLER):
 
 
 def start(folder, log, command="scripts/reproduce.sh"):
-    return subprocess.Popen(command, cwd=folder, stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=os.environ | SIZES, stdout=log.open("w"), stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
 
 
 def run(folder, *command):
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, cwd=folder, env=os.environ | SIZES, capture_output=True, text=True, timeout=900)
     return done.returncode, done.stdout + done.stderr
 
 

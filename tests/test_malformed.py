@@ -125,7 +125,19 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "docker: results cannot be a folder": (
         file("there"), (PYTHON, "docker/kit.py", "run", "--results", "there/x", "cpu"), "there/x cannot be made"
     ),
-    "tiny_data: unknown flag": (None, (PYTHON, "scripts/tiny_data.py", "--help"), "python scripts/tiny_data.py [OUT]"),
+    "tiny_data: unknown flag": (None, (PYTHON, "scripts/tiny_data.py", "--scene", "9"), "unrecognized"),
+    "tiny_data: no scenes": (None, (PYTHON, "scripts/tiny_data.py", "--scenes", "0"), "'0': give a whole"),
+    "tiny_data: a user's work folder": (
+        file("mine.partial/photo.png"), (PYTHON, "scripts/tiny_data.py", "mine"), "mine.partial was not made by this"
+    ),
+    "tiny_models: a user's work folder": (
+        lambda folder: [file("data/manifest.json", "{}")(folder), file("llama-tiny.partial/photo.png")(folder)],
+        (PYTHON, "scripts/tiny_models.py", "data", "llama-tiny"), "llama-tiny.partial was not made by this kit"
+    ),
+    "standins: a real data set lies there": (
+        file("sets/lmms-lab/MME/data/test-00000-of-00001.parquet", "real"), (PYTHON, "scripts/standins.py", "sets"),
+        "sets/lmms-lab/MME was not made by this kit, which would replace it: move it away"
+    ),
     "tiny_models: unknown model": (
         file("data/manifest.json", "{}"), (PYTHON, "scripts/tiny_models.py", "data", "gpt"), "there is no model 'gpt'"
     ),
