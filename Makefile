@@ -5,10 +5,10 @@ reproduce:                ## set up everything and run the miniature (13 to 18 m
 	scripts/reproduce.sh --profile tiny
 
 setup:
-	scripts/doctor.sh tiny
-	scripts/env.sh
-	scripts/upstream.sh
-	scripts/patch.sh
+	scripts/setup/doctor.sh tiny
+	scripts/setup/env.sh
+	scripts/setup/upstream.sh
+	scripts/setup/patch.sh
 
 test: setup               ## set up everything and run the tests
 	.venv/bin/python -m pytest
@@ -34,7 +34,7 @@ image: setup              ## the image's target cuda, with your Docker engine
 lint: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/shellcheck scripts/*.sh scripts/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
+	.venv/bin/shellcheck scripts/*.sh scripts/setup/*.sh scripts/training/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 
 lock:                     ## docker/locks/*.in -> *.txt

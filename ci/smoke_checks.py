@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from scipy.stats import mannwhitneyu
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-import config  # noqa: E402
+from scripts import config
 
+ROOT = Path(__file__).parents[1]
 BASELINES = os.environ["SMOKE"].split()
 SUMMARY = ROOT / "results/smoke.md"
 
@@ -77,7 +76,7 @@ def test_the_cross_entropy_falls(smoke, stage):
 
 
 def test_the_term_falls_against_the_baseline(smoke):
-    """On held-out answers, forward only (scripts/probe.py)."""
+    """On held-out answers, forward only (scripts/reporting/probe.py)."""
     terms = [np.load(smoke.folder / f"probe/{variant}.npz")["vista_mean"].mean() for variant in smoke.variants]
     smoke.row["VISTA term on held-out answers"] = "baseline {:.3f}, VISTA {:.3f}".format(*terms)
     assert terms[1] < terms[0]
@@ -88,9 +87,9 @@ def test_unpatched_stock_loads_the_checkpoint(smoke, tmp_path):
     shutil.copytree(smoke.upstream, stock, ignore=shutil.ignore_patterns(".git"))
     subprocess.run([sys.executable, "-m", "vista_patch", "revert", stock], check=True, cwd=ROOT)
     code = f"""
-import sys; sys.path.insert(0, "scripts")
+from scripts.reporting import probe
 from pathlib import Path
-import probe, torch
+import torch
 loaded = probe.load(Path({str(smoke.folder / (smoke.variants[1] + "-finetune"))!r}))
 row = probe.held_out(Path({str(smoke.data)!r}))[0][0]
 with torch.inference_mode():

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, "scripts")
-from probe import IGNORE_INDEX, held_out, load
+from scripts.reporting.probe import IGNORE_INDEX, held_out, load
 
 ROUNDS, WARM_UP, ROWS = 20, 3, 16
 checkpoint, data = map(Path, sys.argv[1:])

@@ -13,7 +13,7 @@ case $command in
 esac
 case $command in
     reproduce | train | eval | probe | data | doctor) exec "scripts/$command.sh" "$@" ;;
-    report) exec .venv/bin/python scripts/report.py "$@" ;;
+    report) exec .venv/bin/python -m scripts.reporting.report "$@" ;;
     smoke) exec ci/smoke.sh "$@" ;;
     verify) exec .venv/bin/python docker/verify.py ;;
     shell) exec bash "$@" ;;

@@ -1,6 +1,6 @@
 """What VISTA costs: the loss alone, beside the bytes that it moves and a per-sample loop, and in whole training steps.
 
-    python scripts/benchmark.py [--write]        --write: into docs/performance.md, above what was written by hand
+    python -m scripts.benchmark [--write]        --write: into docs/performance.md, above what was written by hand
 
 Times are medians of rounds in which all candidates take turns in one process. Memory that is new to a process costs
 page faults, many times the arithmetic. Training reuses its memory; so does this process, by glibc's settings below
@@ -289,7 +289,7 @@ def page():
     met = [worst["limit"] <= 2, least >= 10, max(overheads.values()) <= (0.1 if CUDA else 1), worst["extra"] <= 50]
     goals = [[*g, "met" if ok else "not met"] for g, ok in zip(goals, [*met, not worst["syncs"], True], strict=True)]
     device = torch.cuda.get_device_name() if CUDA else f"{cpu()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
-    command = f"{'' if CUDA else 'taskset -c 1 '}.venv/bin/python scripts/benchmark.py --write"
+    command = f"{'' if CUDA else 'taskset -c 1 '}.venv/bin/python -m scripts.benchmark --write"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     minutes = (datetime.datetime.now() - start).seconds / 60
     return f"""# What VISTA costs

@@ -1,7 +1,7 @@
 """Named experiments: scripts/configs/NAME.toml as flags of stock train.py.
 
-python scripts/config.py NAME get KEY           a top-level key, one value per line
-python scripts/config.py NAME pretrain|finetune the stage's flags, one word per line
+python -m scripts.config NAME get KEY           a top-level key, one value per line
+python -m scripts.config NAME pretrain|finetune the stage's flags, one word per line
 
 A config changes keys of its `base` and adds none. A wrong name, key or type is one error that names the nearest
 right one, and exit code 2. What a machine may differ in, the environment can say instead of the config: RANKS (GPUs in

@@ -3,8 +3,8 @@
 #
 #   scripts/data.sh EXPERIMENT [--offline] [--verify]
 #
-# For the miniature it makes them (scripts/tiny_data.py, scripts/tiny_models.py), for the others it downloads them
-# (scripts/download.py, scripts/sources.toml). Then it looks up every training row's image. --offline only checks and
+# For the miniature it makes them (scripts/miniature/tiny_data.py, scripts/miniature/tiny_models.py), for the others it downloads them
+# (scripts/data/download.py, scripts/data/sources.toml). Then it looks up every training row's image. --offline only checks and
 # names what is missing; --verify hashes every file again. TINY_DATA and TINY_MODELS are flags for the first two, by which
 # tests make a smaller miniature: TINY_DATA="--scenes 100" TINY_MODELS="--vision-steps 20".
 set -euo pipefail
@@ -13,18 +13,18 @@ PATH=$PWD/.venv/bin:$PATH
 
 experiment=${1:?usage: scripts/data.sh EXPERIMENT [--offline] [--verify]}
 if [[ $experiment == *-tiny* ]]; then
-    words=$(python3 scripts/config.py "$experiment" pretrain)
-    data=$(python3 scripts/config.py "$experiment" get run)/data
+    words=$(python3 -m scripts.config "$experiment" pretrain)
+    data=$(python3 -m scripts.config "$experiment" get run)/data
     mapfile -t models < <(paste - - <<<"$words" | awk '/^--(model_name_or_path|vision_tower)\t/ {print $2}' | sort -u)
     read -ra data_flags <<<"${TINY_DATA:-}"
     read -ra model_flags <<<"${TINY_MODELS:-}"
-    python3 scripts/tiny_data.py "$data" "${data_flags[@]}"
+    python3 -m scripts.miniature.tiny_data "$data" "${data_flags[@]}"
     # Abreast, one thread each: sums over more would depend on their number.
     export OMP_NUM_THREADS=1
     trap 'kill $(jobs -p) 2>/dev/null; wait; exit 143' TERM
-    for model in "${models[@]}"; do python3 scripts/tiny_models.py "$data" "$model" "${model_flags[@]}" & done
+    for model in "${models[@]}"; do python3 -m scripts.miniature.tiny_models "$data" "$model" "${model_flags[@]}" & done
     failed=0
     for _ in "${models[@]}"; do wait -n || failed=1; done
     ((!failed)) || exit 1
 fi
-exec python3 scripts/download.py "$@"
+exec python3 -m scripts.data.download "$@"

@@ -25,8 +25,8 @@ refuse() { echo "eval: $*" >&2 && exit 2; }
 fail() { echo "eval: $*" >&2 && exit 1; }
 [[ -f $checkpoint/done ]] || refuse "$checkpoint is not done: train this experiment first"
 [[ $checkpoint$out != *[=,]* ]] || refuse "lmms-eval takes no '=' and no ',' in a path: $checkpoint $out"
-[[ -d upstream/$backbone ]] || refuse "upstream/$backbone is missing: run scripts/upstream.sh $backbone"
-suite() { PATH=$PWD/.venv/bin:$PATH python3 "$PWD/scripts/suite.py" "$@"; }
+[[ -d upstream/$backbone ]] || refuse "upstream/$backbone is missing: run scripts/setup/upstream.sh $backbone"
+suite() { PATH=$PWD/.venv/bin:$PATH python3 -m scripts.evaluation.suite "$@"; }
 
 mkdir -p "$out"
 exec 9>"$out/.lock"
@@ -86,13 +86,13 @@ export PYTHONPATH=$work:$PWD/upstream/$backbone HF_HUB_OFFLINE=1 TRANSFORMERS_OF
 evaluate() { # TASK
     local task=$1 start=$SECONDS partial=$out/.$1.partial cache=$data/.cache/converted
     # The miniature's data may be made anew, and a converted parquet must not outlive what it came from.
-    [[ ! -f scripts/tasks/$task.yaml ]] || cache=$work/converted
+    [[ ! -f scripts/miniature/tasks/$task.yaml ]] || cache=$work/converted
     echo "eval: $checkpoint $task on $processes x $device"
     rm -rf "$partial" "${out:?}/$task"
     mkdir -p "$partial"
     # With a batch over 1 the models pad, which changes answers.
-    (cd "$work" && HF_DATASETS_CACHE=$cache exec "${python[@]}" scripts/run_eval.py --model "$backbone" \
-        --model_args "pretrained=$checkpoint$device_map" --device "$device" --include_path scripts/tasks \
+    (cd "$work" && HF_DATASETS_CACHE=$cache exec "${python[@]}" scripts/evaluation/stock.py --model "$backbone" \
+        --model_args "pretrained=$checkpoint$device_map" --device "$device" --include_path scripts/miniature/tasks \
         --tasks "$task" --batch_size 1 --log_samples --timezone UTC --output_path "$partial") &>"$partial/log.txt" &
     local pid=$!
     trap 'kill $pid 2>/dev/null; wait $pid; exit 143' INT TERM

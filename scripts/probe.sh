@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures on an experiment's checkpoint what the report's pictures show (scripts/probe.py says what); or draws the
+# Measures on an experiment's checkpoint what the report's pictures show (scripts/reporting/probe.py says what); or draws the
 # paper's Figures 2 and 3 for any image, prompt and checkpoints of either backbone, on one colour scale. The report shows
 # what lies in RUN/maps/.
 #
@@ -19,7 +19,7 @@ if [[ ${1:-} != --* ]]; then
     # shellcheck source=scripts/experiment.sh
     . scripts/experiment.sh
     PYTHONPATH+=:upstream/$backbone
-    exec "$environment/bin/python3" scripts/probe.py "$run/seed${2:-0}/$experiment-finetune" "$run/data/eval"
+    exec "$environment/bin/python3" -m scripts.reporting.probe "$run/seed${2:-0}/$experiment-finetune" "$run/data/eval"
 fi
 
 image='' prompt='' out=''
@@ -50,11 +50,11 @@ for checkpoint in "${checkpoints[@]}"; do
     for environment in "${environments[@]}"; do
         [[ $python || ! -x $environment/bin/python3 ]] || python=$environment/bin/python3
     done
-    [[ $python && -d upstream/$backbone ]] || fail "$checkpoint is $backbone's: run scripts/env.sh and upstream.sh for it"
+    [[ $python && -d upstream/$backbone ]] || fail "$checkpoint is $backbone's: run scripts/setup/env.sh and upstream.sh for it"
     name=$(basename "$(dirname "$checkpoint")")/$(basename "$checkpoint") map=$maps/${#named[@]}.npz
     [[ ${named[*]} != *"$name="* ]] || fail "two checkpoints are called $name"
-    PYTHONPATH=.:upstream/$backbone "$python" scripts/probe.py "$checkpoint" "$image" "$prompt" "$map"
+    PYTHONPATH=.:upstream/$backbone "$python" -m scripts.reporting.probe "$checkpoint" "$image" "$prompt" "$map"
     named+=("$name=$map")
 done
-.venv/bin/python scripts/report_figures.py "$out" "${named[@]}"
+.venv/bin/python -m scripts.reporting.figures "$out" "${named[@]}"
 echo "probe: $out"

@@ -42,13 +42,13 @@ esac
 [[ ! $experiment ]] || baselines=("$experiment")
 
 tiny() { [[ $profile == tiny ]]; } # the full profile's own environments are the image's
-setup=("scripts/doctor.sh $profile ${baselines[*]%%-*}" "scripts/env.sh cpu") lanes=()
+setup=("scripts/setup/doctor.sh $profile ${baselines[*]%%-*}" "scripts/setup/env.sh cpu") lanes=()
 for baseline in "${baselines[@]}"; do
     backbone=${baseline%%-*} experiments=${experiment:-$baseline $baseline-vista $baseline-vista-cosine}
-    setup+=("scripts/upstream.sh $backbone" "scripts/patch.sh $backbone")
-    [[ $baseline != tinyllava-tiny* ]] || setup+=("scripts/env.sh cpu-tinyllava")
-    tiny || setup+=("python3 scripts/cost.py $baseline") # its variants cost the same
-    setup+=("scripts/data.sh $baseline" "python3 scripts/manifest.py --seeds $seeds $experiments")
+    setup+=("scripts/setup/upstream.sh $backbone" "scripts/setup/patch.sh $backbone")
+    [[ $baseline != tinyllava-tiny* ]] || setup+=("scripts/setup/env.sh cpu-tinyllava")
+    tiny || setup+=("python3 -m scripts.training.cost $baseline") # its variants cost the same
+    setup+=("scripts/data.sh $baseline" "python3 -m scripts.reporting.manifest --seeds $seeds $experiments")
     for ((seed = 0; seed < seeds; seed++)); do
         for name in $experiments; do
             lane="scripts/train.sh $name pretrain $seed|scripts/train.sh $name finetune $seed"
@@ -67,9 +67,9 @@ run() { # STEPS, a | between them, one after the other; SIGTERM goes on to the o
         printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$step"
         read -ra words <<<"$step"
         case "${dry_run:+dry }$step" in
-            "dry scripts/doctor.sh"*) "${words[@]}" || true ;; # tells the disk; what it lacks does not stop a dry run
+            "dry scripts/setup/doctor.sh"*) "${words[@]}" || true ;; # tells the disk; what it lacks does not stop a dry run
             "dry scripts/train.sh"*) DRY_RUN=1 "${words[@]}" || return ;;
-            "dry python3 scripts/cost.py"*) "${words[@]}" || return ;;
+            "dry python3 -m scripts.training.cost"*) "${words[@]}" || return ;;
             "dry "*) ;;
             *) "${words[@]}" & wait $! || exit ;;
         esac
@@ -87,7 +87,7 @@ for step in "${setup[@]}"; do
     [[ $step != *"$without"* ]] || continue
     run "$step" & wait $! || {
         # TinyLLaVA is on GitHub alone.
-        [[ $step == "scripts/upstream.sh tinyllava" ]] && ((${#baselines[@]} > 1)) || exit 1
+        [[ $step == "scripts/setup/upstream.sh tinyllava" ]] && ((${#baselines[@]} > 1)) || exit 1
         without=tinyllava
         echo "reproduce: going on without $without" >&2
     }
@@ -103,4 +103,4 @@ for lane in "${lanes[@]}"; do
 done
 while (($(jobs -p | wc -l))); do wait -n || failed=1; done
 ((!failed)) || { echo "reproduce: a step failed, see above; the same command continues" >&2 && exit 1; }
-run "python3 scripts/report.py results/$profile" & wait $!
+run "python3 -m scripts.reporting.report results/$profile" & wait $!

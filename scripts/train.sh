@@ -9,8 +9,8 @@
 # replay: the rows that a loss which was not finite left in nonfinite.json, as one step on the newest checkpoint.
 #
 # Another number of GPUs, or less memory: RANKS=4 PER_DEVICE=8 (scripts/config.py). Several machines with one folder:
-#   HOSTFILE=FILE                           deepspeed starts them over ssh (scripts/cluster/hostfile)
-#   NNODES=N NODE_RANK=R MASTER_ADDR=HOST   torchrun, this script on each of them (scripts/cluster/train.sbatch)
+#   HOSTFILE=FILE                           deepspeed starts them over ssh (scripts/training/cluster/hostfile)
+#   NNODES=N NODE_RANK=R MASTER_ADDR=HOST   torchrun, this script on each of them (scripts/training/cluster/train.sbatch)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -45,7 +45,7 @@ if [[ $replay ]]; then
     step=${checkpoint#checkpoint-} out=$out/replay
     flags+=(--data_path "$rows" --max_steps $((${step:-0} + 1)) --save_strategy no)
 fi
-program=(scripts/train.py --train_module "$module" "${flags[@]}" --output_dir "$out" --seed "$seed")
+program=(scripts/training/stock.py --train_module "$module" "${flags[@]}" --output_dir "$out" --seed "$seed")
 if ((nodes > 1)); then
     ((ranks % nodes == 0)) || fail "$ranks ranks do not spread over $nodes nodes: set RANKS"
     launcher=(torchrun --nnodes "$nodes" --node_rank "$node" --nproc_per_node $((ranks / nodes))
@@ -73,8 +73,8 @@ if [[ -s $out/command && ! $replay ]]; then
 fi
 [[ -f $out/done ]] && echo "$stage: $out is done" && exit 0
 [[ $stage == pretrain || -f $pretrained/done ]] || fail "$pretrained is not done: run the pretrain stage first"
-[[ -d upstream/$backbone ]] || fail "upstream/$backbone is missing: run scripts/upstream.sh $backbone"
-[[ -x $environment/bin/python3 ]] || fail "the environment $environment is missing: make it with scripts/env.sh"
+[[ -d upstream/$backbone ]] || fail "upstream/$backbone is missing: run scripts/setup/upstream.sh $backbone"
+[[ -x $environment/bin/python3 ]] || fail "the environment $environment is missing: make it with scripts/setup/env.sh"
 [[ ! $replay ]] || rm -rf "$out"
 mkdir -p "$out"
 log=$out/train.log

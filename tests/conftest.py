@@ -1,4 +1,4 @@
-"""Real stock LLaVA, patched, with random tiny weights. scripts/upstream.sh puts it in upstream/llava."""
+"""Real stock LLaVA, patched, with random tiny weights. scripts/setup/upstream.sh puts it in upstream/llava."""
 
 import os
 import sys
@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 @pytest.fixture(scope="session")
 def llava():
     if not UPSTREAM.is_dir():
-        pytest.fail("upstream/llava is missing: run scripts/upstream.sh (make test does)")
+        pytest.fail("upstream/llava is missing: run scripts/setup/upstream.sh (make test does)")
     sys.path.insert(0, str(UPSTREAM))
     import llava.model.language_model.llava_llama as module
 

@@ -1,4 +1,4 @@
-"""Two "nodes" on one machine, through scripts/cluster/train.sbatch: Slurm alone is a stand-in."""
+"""Two "nodes" on one machine, through scripts/training/cluster/train.sbatch: Slurm alone is a stand-in."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def test_two_nodes_under_slurms_script_give_the_losses_of_one(kit, tmp_path):  #
     slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     slurm |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_ID": str(random.randrange(10000))}
     slurm |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    command = ["bash", ROOT / "scripts/cluster/train.sbatch", "small"]
+    command = ["bash", ROOT / "scripts/training/cluster/train.sbatch", "small"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     two = history(out, lambda: subprocess.Popen(command, env=os.environ | slurm, **pipes))
     assert (out / "train.node1.log").exists()

@@ -1,14 +1,9 @@
-"""scripts/cost.py: its shapes against published sizes, its predictions against public runs, its tables."""
-
-import sys
+"""scripts/training/cost.py: its shapes against published sizes, its predictions against public runs, its tables."""
 
 import pytest
 
-from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import config
-import cost
+from scripts import config
+from scripts.training import cost
 
 EXPERIMENTS = [f"{name}{v}" for name in ("llava-v1.5-7b", "tinyllava-3b") for v in ("", "-vista", "-vista-cosine")]
 

@@ -104,7 +104,7 @@ def test_a_changed_line_rebuilds_the_last_layers_alone(image, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     cached = {lines[i].split(" : ", 1)[1] for i in range(len(lines) - 1) if lines[i + 1].strip() == "---> Using cache"}
-    assert "RUN scripts/env.sh cpu && docker/sbom.sh .venv" in cached and not any(
+    assert "RUN scripts/setup/env.sh cpu && docker/sbom.sh .venv" in cached and not any(
         "vista_patch" in step for step in cached
     )
 

@@ -16,7 +16,6 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -24,11 +23,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts import config
+from scripts.data import download
 from tests.conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import config
-import download
 
 COMMIT = "c" * 40
 BIG = os.urandom(24 << 20)  # more than twice what huggingface_hub writes at once
@@ -122,7 +119,7 @@ def write_catalog(folder, catalog):
     lines = [
         f'["{name}"]\n' + "".join(f"{k} = {value(v)}\n" for k, v in table.items()) for name, table in catalog.items()
     ]
-    (folder / "scripts/sources.toml").write_text("\n".join(lines))
+    (folder / "scripts/data/sources.toml").write_text("\n".join(lines))
 
 
 @contextlib.contextmanager
@@ -144,11 +141,11 @@ class World:
     def __init__(self, folder, server):
         self.folder, self.server = folder, server
         self.url = f"http://127.0.0.1:{server.server_port}"
-        (folder / "scripts").mkdir()
+        (folder / "scripts/data").mkdir(parents=True)
         (folder / ".venv").symlink_to(ROOT / ".venv")
         shutil.copytree(ROOT / "scripts/configs", folder / "scripts/configs")
-        for name in ("data.sh", "download.py", "config.py"):
-            shutil.copy(ROOT / "scripts" / name, folder / "scripts")
+        for name in ("__init__.py", "config.py", "data.sh", "data/__init__.py", "data/download.py"):
+            shutil.copy(ROOT / "scripts" / name, folder / "scripts" / name)
         pretrain = {"0/a.jpg": BIG, "1/b.jpg": b"b"}
         coco = {f"train2017/{i}.jpg": os.urandom(1 << 20) for i in range(3)}
         ocr = {"ocr_vqa/images/1.jpg": b"1", "ocr_vqa/images/2.gif": b"2"}
@@ -185,7 +182,7 @@ class World:
         }
         self.catalog = {
             name: source
-            for name, source in config.tomllib.loads((ROOT / "scripts/sources.toml").read_text()).items()
+            for name, source in config.tomllib.loads((ROOT / "scripts/data/sources.toml").read_text()).items()
             if source.get("repo", "?") in " ".join(server.hub) or name == "coco"
         }
         for source in self.catalog.values():
@@ -513,6 +510,6 @@ def test_the_catalog_has_all_that_the_full_experiments_name(experiment):
 
 @pytest.mark.parametrize("text,message", (("[x", "sources.toml: "), ("[x]\nto = 'a'\nulr = []", "unexpected keyword")))
 def test_a_wrong_catalog_is_one_error(world, text, message):
-    Path(world.folder, "scripts/sources.toml").write_text(text)
+    Path(world.folder, "scripts/data/sources.toml").write_text(text)
     code, said = world.run()
     assert code == 2 and message in said and len(said.splitlines()) == 1

@@ -32,7 +32,7 @@ SIZES = {
     "TINY_MODELS": "--vision-steps 20 --language-steps 20",
 }
 KILLS = [  # (the step, at least and at most so many seconds after it begins, or after a checkpoint is begun)
-    ("scripts/upstream.sh", 0, 2), ("scripts/upstream.sh", 0, 4), ("scripts/patch.sh", 0, 0.3),
+    ("scripts/setup/upstream.sh", 0, 2), ("scripts/setup/upstream.sh", 0, 4), ("scripts/setup/patch.sh", 0, 0.3),
     ("scripts/data.sh", 0, 4), ("scripts/data.sh", 4, 12), ("scripts/data.sh", 8, 16),
     ("scripts/train.sh llava-tiny pretrain", 0, 8), ("scripts/train.sh llava-tiny pretrain", 8, 16),
     ("scripts/train.sh llava-tiny finetune", 4, 12), ("checkpoint of llava-tiny", 0, 0.3),
@@ -40,7 +40,7 @@ KILLS = [  # (the step, at least and at most so many seconds after it begins, or
     ("scripts/eval.sh llava-tiny 0", 6, 14), ("scripts/probe.sh llava-tiny 0", 0, 5),
     ("scripts/train.sh llava-tiny-vista pretrain", 4, 14), ("checkpoint of llava-tiny-vista", 0, 0.5),
     ("scripts/eval.sh llava-tiny-vista 0", 2, 12), ("checkpoint of llava-tiny-vista-cosine", 0, 0.5),
-    ("scripts/probe.sh llava-tiny-vista-cosine", 0, 5), ("python3 scripts/report.py", 0, 2),
+    ("scripts/probe.sh llava-tiny-vista-cosine", 0, 5), ("python3 -m scripts.reporting.report", 0, 2),
 ]  # fmt: skip
 
 

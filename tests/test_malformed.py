@@ -11,14 +11,17 @@ from tests.conftest import ROOT, UPSTREAM
 from vista_patch import VistaConfig
 
 PYTHON = ".venv/bin/python"
-CONFIG = (PYTHON, "scripts/config.py", "mine", "pretrain")
+TINY_DATA, TINY_MODELS, STANDINS = (
+    (PYTHON, "-m", f"scripts.miniature.{n}") for n in ("tiny_data", "tiny_models", "standins")
+)
+CONFIG = (PYTHON, "-m", "scripts.config", "mine", "pretrain")
 TREE = (PYTHON, "-m", "vista_patch", "apply", "tree")
 DATA = "results/tiny/data"
 SEED = "results/tiny/seed0"
 MAKE_DATA = ("scripts/data.sh", "llava-tiny")
-MANIFEST = (PYTHON, "scripts/manifest.py")
+MANIFEST = (PYTHON, "-m", "scripts.reporting.manifest")
 FINETUNE = ("scripts/train.sh", "llava-tiny", "finetune")
-REPORT = (PYTHON, "scripts/report.py", "run")
+REPORT = (PYTHON, "-m", "scripts.reporting.report", "run")
 
 
 def file(name, content=""):
@@ -77,7 +80,7 @@ MODEL = "llava/model/language_model/llava_llama.py"
 MALFORMED = {  # what is wrong: damage, command, what the error says
     # configs
     "config: no such experiment": (None, CONFIG, "no experiment 'mine'"),
-    "config: near to one": (None, (*CONFIG[:2], "llava-tinny", "pretrain"), "did you mean 'llava-tiny'?"),
+    "config: near to one": (None, (*CONFIG[:3], "llava-tinny", "pretrain"), "did you mean 'llava-tiny'?"),
     "config: no TOML": (mine("ranks =\n"), CONFIG, "mine.toml: Invalid value (at line 2"),
     "config: no UTF-8": (mine(b'base = "llava-tiny"\nrun = "\xff"\n'), CONFIG, "mine.toml: 'utf-8' codec can't"),
     "config: unknown key": (mine("[pretrain]\nlerning_rate = 1.0"), CONFIG, "did you mean 'learning_rate'?"),
@@ -96,8 +99,8 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "config: unknown metric": (mine('[vista]\nvista = "L2"'), CONFIG, "'L2': choose from off, l2, cosine"),
     "config: unknown ramp": (mine('[vista]\nvista_ramp = "t*m"'), CONFIG, "'t*m': choose from t/m, t, one"),
     "config: weight that is no number": (mine("[vista]\nvista_weight = nan"), CONFIG, "give a finite number"),
-    "config: unknown key to get": (None, (*CONFIG[:2], "llava-tiny", "get", "tsks"), "did you mean 'tasks'?"),
-    "config: unknown stage": (None, (*CONFIG[:2], "llava-tiny", "pretran"), "'pretran'"),
+    "config: unknown key to get": (None, (*CONFIG[:3], "llava-tiny", "get", "tsks"), "did you mean 'tasks'?"),
+    "config: unknown stage": (None, (*CONFIG[:3], "llava-tiny", "pretran"), "'pretran'"),
     # flags
     "reproduce: unknown profile": (None, ("scripts/reproduce.sh", "--profile", "large"), "choose tiny or full"),
     "reproduce: flag without value": (None, ("scripts/reproduce.sh", "--seeds"), "give a number from 1 on"),
@@ -106,11 +109,11 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     ),
     "reproduce: no seeds": (None, ("scripts/reproduce.sh", "--seeds", "0"), "give a number from 1 on"),
     "reproduce: unknown flag": (None, ("scripts/reproduce.sh", "--sedes", "1"), "unknown option --sedes"),
-    "doctor: unknown profile": (None, ("scripts/doctor.sh", "huge"), "choose tiny or full"),
-    "doctor: no profile": (None, ("scripts/doctor.sh",), "usage: scripts/doctor.sh tiny|full"),
-    "env: unknown environment": (None, ("scripts/env.sh", "gpu"), "choose cpu, cpu-tinyllava"),
-    "upstream: unknown": (None, ("scripts/upstream.sh", "LLaVA"), "choose llava, tinyllava"),
-    "patch: unknown": (None, ("scripts/patch.sh", "LLaVA"), "upstream/LLaVA: is no folder"),
+    "doctor: unknown profile": (None, ("scripts/setup/doctor.sh", "huge"), "choose tiny or full"),
+    "doctor: no profile": (None, ("scripts/setup/doctor.sh",), "usage: scripts/setup/doctor.sh tiny|full"),
+    "env: unknown environment": (None, ("scripts/setup/env.sh", "gpu"), "choose cpu, cpu-tinyllava"),
+    "upstream: unknown": (None, ("scripts/setup/upstream.sh", "LLaVA"), "choose llava, tinyllava"),
+    "patch: unknown": (None, ("scripts/setup/patch.sh", "LLaVA"), "upstream/LLaVA: is no folder"),
     "train: near to an experiment": (
         None, ("scripts/train.sh", "llava-tiny-vist", "pretrain"), "did you mean 'llava-tiny-vista'"
     ),
@@ -125,21 +128,23 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "docker: results cannot be a folder": (
         file("there"), (PYTHON, "docker/kit.py", "run", "--results", "there/x", "cpu"), "there/x cannot be made"
     ),
-    "tiny_data: unknown flag": (None, (PYTHON, "scripts/tiny_data.py", "--scene", "9"), "unrecognized"),
-    "tiny_data: no scenes": (None, (PYTHON, "scripts/tiny_data.py", "--scenes", "0"), "'0': give a whole"),
+    "tiny_data: unknown flag": (None, (*TINY_DATA, "--scene", "9"), "unrecognized"),
+    "tiny_data: no scenes": (None, (*TINY_DATA, "--scenes", "0"), "'0': give a whole"),
     "tiny_data: a user's work folder": (
-        file("mine.partial/photo.png"), (PYTHON, "scripts/tiny_data.py", "mine"), "mine.partial was not made by this"
+        file("mine.partial/photo.png"), (*TINY_DATA, "mine"), "mine.partial was not made by this"
     ),
     "tiny_models: a user's work folder": (
         lambda folder: [file("data/manifest.json", "{}")(folder), file("llama-tiny.partial/photo.png")(folder)],
-        (PYTHON, "scripts/tiny_models.py", "data", "llama-tiny"), "llama-tiny.partial was not made by this kit"
+        (*TINY_MODELS, "data", "llama-tiny"), "llama-tiny.partial was not made by this kit"
     ),
     "standins: a real data set lies there": (
-        file("sets/lmms-lab/MME/data/test-00000-of-00001.parquet", "real"), (PYTHON, "scripts/standins.py", "sets"),
+        file("sets/lmms-lab/MME/data/test-00000-of-00001.parquet", "real"), (*STANDINS, "sets"),
         "sets/lmms-lab/MME was not made by this kit, which would replace it: move it away"
     ),
     "tiny_models: unknown model": (
-        file("data/manifest.json", "{}"), (PYTHON, "scripts/tiny_models.py", "data", "gpt"), "there is no model 'gpt'"
+        file("data/manifest.json", "{}"),
+        (*TINY_MODELS, "data", "gpt"),
+        "there is no model 'gpt'",
     ),
     # files that a step needs
     "data: nothing there": (None, ("scripts/data.sh", "llava-v1.5-7b"), "data/models/vicuna-7b-v1.5"),
@@ -149,18 +154,18 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "train: no first stage": (None, FINETUNE, "run the pretrain stage first"),
     "train: no upstream": (
         lambda folder: [file(f"{SEED}/llava-tiny-pretrain/done")(folder), without("upstream")(folder)],
-        FINETUNE, "run scripts/upstream.sh llava"
+        FINETUNE, "run scripts/setup/upstream.sh llava"
     ),
     "train: no environment": (
         lambda folder: [mine('environment = ".venv-none"')(folder), file(f"{SEED}/mine-pretrain/done")(folder)],
-        ("scripts/train.sh", "mine", "finetune"), "make it with scripts/env.sh"
+        ("scripts/train.sh", "mine", "finetune"), "make it with scripts/setup/env.sh"
     ),
     "train: begun with other settings": (
         file(f"{SEED}/llava-tiny-pretrain/command", "deepspeed --num_gpus 2"),
         ("scripts/train.sh", "llava-tiny", "pretrain"), "begun with other settings: remove it"
     ),
     "eval: not trained": (None, ("scripts/eval.sh", "llava-tiny"), "train this experiment first"),
-    "manifest: no upstream": (without("upstream"), (*MANIFEST, "llava-tiny"), "scripts/upstream.sh llava"),
+    "manifest: no upstream": (without("upstream"), (*MANIFEST, "llava-tiny"), "scripts/setup/upstream.sh llava"),
     "manifest: no environment": (None, (*MANIFEST, "llava-v1.5-7b"), ".venv-llava is missing: make it with"),
     # source trees
     "source: no folder": (None, TREE, "tree: is no folder"),
@@ -177,7 +182,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "report: half a log": (run("seed0/llava-tiny-finetune/trainer_state.json", half), REPORT, "not a trainer state"),
     "report: a NaN loss": (run("seed0/llava-tiny-finetune/trainer_state.json", nan), REPORT, "not finite"),
     "report: half a probe": (run("seed0/probe/llava-tiny-vista.npz", half), REPORT, "probe.sh llava-tiny-vista 0"),
-    "report: half a manifest": (run("manifest-llava.json", half), REPORT, "scripts/manifest.py"),
+    "report: half a manifest": (run("manifest-llava.json", half), REPORT, "scripts.reporting.manifest"),
     "report: half the conversations": (run("data/finetune.json", half), REPORT, "scripts/data.sh"),
 }  # fmt: skip
 

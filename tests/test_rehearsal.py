@@ -2,7 +2,7 @@
 out of a local hub, over both stages of the six experiments, to the paper's Tables 1-3.
 
 The scripts, the catalog's sources and the configs are the real ones. What differs from 8 GPUs: the models (random and
-small), the data (easy-vqa's pictures in the JSONs' folders, scripts/standins.py's benchmarks), CHANGED, and doctor.sh.
+small), the data (easy-vqa's pictures in the JSONs' folders, standins.py's benchmarks), CHANGED, and doctor.sh.
 """
 
 import json
@@ -12,12 +12,10 @@ import sys
 
 import pytest
 
+from scripts import config
 from tests.conftest import ROOT
 from tests.test_download import packed, serving, sha256, write_catalog
 from tests.test_faults import small_kit
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import config
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 BOTH = {
@@ -43,8 +41,9 @@ def contents(folder):
 
 def models(folder, lines):
     """{the hub's name: files} of small random models in the formats of the real repositories."""
-    import tiny_models
     import torch
+
+    from scripts.miniature import tiny_models
 
     torch.manual_seed(0)
     made = {}
@@ -75,9 +74,9 @@ def models(folder, lines):
 
 def serve(server, folder):
     """Fills the hub, and returns the real catalog with the sizes, counts and hashes of what is served."""
-    import tiny_data
+    from scripts.miniature import tiny_data
 
-    catalog = config.tomllib.loads((ROOT / "scripts/sources.toml").read_text())
+    catalog = config.tomllib.loads((ROOT / "scripts/data/sources.toml").read_text())
     pictures = tiny_data.easyvqa_split("train")
     captions, captioned, rows, archives = [], {}, [], {name: {} for name in FOLDERS}
     for i, (png, _, questions) in enumerate(pictures[:64]):
@@ -93,7 +92,7 @@ def serve(server, folder):
         rows.append({"id": str(i), "image": image, "conversations": turns})
         turns = [{"from": "human", "value": questions[1][0]}, {"from": "gpt", "value": questions[1][1]}]
         rows += [{"id": f"text-{i}", "conversations": turns}] if i % 4 == 0 else []
-    subprocess.run([sys.executable, "scripts/standins.py", folder / "eval"], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "scripts.miniature.standins", folder / "eval"], cwd=ROOT, check=True)
     server.hub |= {f"datasets/{p.parent.relative_to(folder / 'eval')}": contents(p.parent)
                    for p in (folder / "eval").glob("*/*/README.md")}  # fmt: skip
     lines = sorted({turn["value"].replace("<image>\n", "") for row in captions + rows for turn in row["conversations"]})
@@ -123,12 +122,12 @@ def kit(tmp_path):
     folder = small_kit(tmp_path / "kit", CHANGED)
     for name in (".venv-cpu-tinyllava", "upstream"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / "scripts/doctor.sh").write_text(DOCTOR)
+    (folder / "scripts/setup/doctor.sh").write_text(DOCTOR)
     return folder
 
 
 def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_path):
-    for command in (["scripts/env.sh", "cpu-tinyllava"], ["scripts/upstream.sh", "tinyllava"]):
+    for command in (["scripts/setup/env.sh", "cpu-tinyllava"], ["scripts/setup/upstream.sh", "tinyllava"]):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(done.stderr.strip())
@@ -156,7 +155,10 @@ def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_p
     report = json.loads((kit / "results/full/report.json").read_text())
     text = (kit / "results/full/report.md").read_text()
     assert "## Missing" not in text and all(f"### Table {n}" in text for n in (1, 2, 3))
-    columns = {column["name"] for column in config.tomllib.loads((ROOT / "scripts/suite.toml").read_text())["column"]}
+    columns = {
+        column["name"]
+        for column in config.tomllib.loads((ROOT / "scripts/evaluation/suite.toml").read_text())["column"]
+    }
     for baseline in ("llava-v1.5-7b", "tinyllava-3b"):
         group = report["groups"][baseline]
         assert set(group["table"]) == {baseline + variant for variant in VARIANTS}

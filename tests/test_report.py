@@ -1,4 +1,4 @@
-"""scripts/report.py: statistics against slow references and the paper, refusals, the page in a browser."""
+"""scripts/reporting/report.py: statistics against slow references and the paper, refusals, the page in a browser."""
 
 import html
 import itertools
@@ -8,18 +8,15 @@ import random
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.evaluation.results import can_cider, load_columns
+from scripts.reporting import report
 from tests.conftest import ROOT
 from tests.test_training import workshop  # noqa: F401 (a fixture)
-
-sys.path.insert(0, str(ROOT / "scripts"))
-import report
-from report_results import can_cider, load_columns
 
 VARIANTS = ["llava-tiny", "llava-tiny-vista", "llava-tiny-vista-cosine"]
 ACCURACY = {"llava-tiny": 0.7, "llava-tiny-vista": 0.85, "llava-tiny-vista-cosine": 0.7}
@@ -532,8 +529,9 @@ def test_maps_of_any_image_and_checkpoints(checkpoint, tmp_path):
         assert min(picture.size) > 200
     assert not list(tmp_path.glob("*.partial"))
 
-    import probe
     import torch
+
+    from scripts.reporting import probe
 
     probe.one(folders[0], tmp_path / "wide.png", "red circle?", tmp_path / "one.npz")
     arrays = np.load(tmp_path / "one.npz")

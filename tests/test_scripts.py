@@ -22,7 +22,7 @@ def run(*command, **environment):
 
 
 def flags(experiment, stage):
-    code, out, err = run(ROOT / ".venv/bin/python", "scripts/config.py", experiment, stage)
+    code, out, err = run(ROOT / ".venv/bin/python", "-m", "scripts.config", experiment, stage)
     assert code == 0, err
     words = out.split()
     return dict(zip((word[2:] for word in words[::2]), words[1::2], strict=True))
@@ -44,10 +44,8 @@ def test_the_full_experiments_hold_the_papers_values_and_differ_in_vista_alone(b
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """write(text) makes an experiment "mine" in a copy of scripts/configs."""
-    import sys
 
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import config as module
+    from scripts import config as module
 
     shutil.copytree(module.CONFIGS, tmp_path / "configs")
     monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
@@ -104,16 +102,18 @@ def reproduce(tmp_path):
     writes down that it was called, and train.sh fails on $FAIL and takes a minute on $SLOW."""
     shutil.copytree(ROOT / "patches", tmp_path / "patches")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    (tmp_path / "scripts").mkdir()
-    for name in ("doctor", "env", "patch", "data", "train", "eval", "probe"):
+    for folder in ("setup", "training", "reporting"):
+        (tmp_path / "scripts" / folder).mkdir(parents=True)
+    for name in ("setup/doctor", "setup/env", "setup/patch", "data", "train", "eval", "probe"):
         (tmp_path / f"scripts/{name}.sh").write_text('#!/bin/sh\necho "$0" "$@" >>called\n')
     with open(tmp_path / "scripts/train.sh", "a") as script:
         script.write('[ "$1" != "$FAIL" ] || exit 1\n[ "$1" != "$SLOW" ] || exec sleep 60\n')
+    (tmp_path / "scripts/__init__.py").touch()
     for name in ("manifest", "report"):
-        (tmp_path / f"scripts/{name}.py").touch()
-    for name in ("reproduce.sh", "upstream.sh"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-    for script in (tmp_path / "scripts").glob("*.sh"):
+        (tmp_path / f"scripts/reporting/{name}.py").touch()
+    for name in ("reproduce.sh", "setup/upstream.sh"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+    for script in (tmp_path / "scripts").rglob("*.sh"):
         script.chmod(0o755)
     (tmp_path / "upstream").mkdir()
     (tmp_path / "upstream/llava.source").write_text("there\n")
@@ -160,7 +160,7 @@ def test_a_second_run_is_refused_and_sigterm_stops_the_first(reproduce, tmp_path
 
 
 def test_a_machine_without_a_gpu_is_told_so():
-    code, _, err = run("scripts/doctor.sh", "full")
+    code, _, err = run("scripts/setup/doctor.sh", "full")
     assert code != 0 and "needs a GPU" in err and "Traceback" not in err
 
 
@@ -172,9 +172,9 @@ def test_the_doctor_names_an_old_driver_a_taken_port_and_an_empty_token(tmp_path
         port = str(taken.getsockname()[1])
         variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MASTER_PORT": port}
         variables["HF_TOKEN_PATH"] = f"{tmp_path}/none"
-        code, out, err = run("scripts/doctor.sh", "full", **variables)
+        code, out, err = run("scripts/setup/doctor.sh", "full", **variables)
     assert code == 2 and "driver is 470.42.01: CUDA 12.1 needs 525" in err and f"port {port} is taken" in err
     assert f"HF_TOKEN_PATH={tmp_path}/none: no such file" in err and "a flash-attn that loads" in err
     assert "sources of data and weights are in data/" in out
     driver.write_text("#!/bin/sh\necho 550.54.15\n")
-    assert "driver" not in run("scripts/doctor.sh", "full", **variables)[2]
+    assert "driver" not in run("scripts/setup/doctor.sh", "full", **variables)[2]

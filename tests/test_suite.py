@@ -1,4 +1,4 @@
-"""scripts/eval.sh over the paper's suite: lmms-eval's stock tasks, unmodified, on what scripts/standins.py makes."""
+"""scripts/eval.sh over the paper's suite: lmms-eval's stock tasks, unmodified, on what standins.py makes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ import tomllib
 
 from tests.conftest import ROOT
 
-COLUMNS = tomllib.loads((ROOT / "scripts/suite.toml").read_text())["column"]
+COLUMNS = tomllib.loads((ROOT / "scripts/evaluation/suite.toml").read_text())["column"]
 TASKS = list(dict.fromkeys(column["task"] for column in COLUMNS))
 WORDS = ["A", "B", "C", "D", "red", "circle", "yes", "no", "one"]  # all that the random model says
 
@@ -24,7 +24,7 @@ WORDS = ["A", "B", "C", "D", "red", "circle", "yes", "no", "one"]  # all that th
 @pytest.fixture(scope="session")
 def standins(tmp_path_factory):
     folder = tmp_path_factory.mktemp("standins")
-    subprocess.run([sys.executable, "scripts/standins.py", folder], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-m", "scripts.miniature.standins", folder], cwd=ROOT, check=True)
     return folder
 
 

@@ -12,21 +12,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "tiny_data.py"
 for module in ("easy_vqa", "sklearn", "pyarrow.parquet"):
     pytest.importorskip(module, reason="needs the miniature's environment")
-sys.path.insert(0, str(SCRIPT.parent))
 
 import pyarrow.parquet  # noqa: E402
-import tiny_data  # noqa: E402
 from PIL import Image  # noqa: E402
+
+from scripts.miniature import tiny_data  # noqa: E402
 
 TASKS = ("easyvqa", "digits")
 
 
 def run(out, hash_seed="0"):
     return subprocess.run(
-        [sys.executable, SCRIPT, out], capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": hash_seed}
+        [sys.executable, "-m", "scripts.miniature.tiny_data", out],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONHASHSEED": hash_seed},
     )
 
 
@@ -185,7 +187,7 @@ def test_shape_of_the_training_rows(data):
 @pytest.fixture(scope="module")
 def tokenizer(data, tmp_path_factory):
     pytest.importorskip("transformers", reason="needs the training environment")
-    import tiny_models
+    from scripts.miniature import tiny_models
 
     out = tmp_path_factory.mktemp("tokenizer")
     texts = tiny_models.sentences(data, random.Random(0))

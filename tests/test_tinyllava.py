@@ -41,7 +41,7 @@ def script(*command):
 
 
 def environment(name):
-    made = script("scripts/env.sh", name)
+    made = script("scripts/setup/env.sh", name)
     if "No interpreter found for Python 3.10" in made.stderr:
         pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
     assert made.returncode == 0, made.stderr
@@ -50,10 +50,10 @@ def environment(name):
 
 @pytest.fixture(scope="module")
 def tree():
-    got = script("scripts/upstream.sh", "tinyllava")
+    got = script("scripts/setup/upstream.sh", "tinyllava")
     if got.returncode == 3:
         pytest.skip(got.stderr.strip())
-    assert got.returncode == 0 and script("scripts/patch.sh", "tinyllava").returncode == 0, got.stderr
+    assert got.returncode == 0 and script("scripts/setup/patch.sh", "tinyllava").returncode == 0, got.stderr
     return ROOT / "upstream/tinyllava"
 
 
@@ -70,8 +70,7 @@ def parts(workshop):  # noqa: F811
     """The folder of test_training's data, with a random small Phi and SigLIP."""
     import torch
 
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import tiny_models
+    from scripts.miniature import tiny_models
 
     torch.manual_seed(0)
     for name, new in (("siglip", tiny_models.siglip), ("phi", tiny_models.phi)):

@@ -86,11 +86,13 @@ import runpy
 import deepspeed  # before llava, whose bare except hides what an import order breaks
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 CLIPVisionTower.to = lambda self, **_: self
-runpy.run_path("scripts/train.py", run_name="__main__")
+runpy.run_path("scripts/training/stock.py", run_name="__main__")
 """
 
 
-def run_stock(module, flags, tree, driver=("scripts/train.py",), launcher=(), python=sys.executable, **environment):
+def run_stock(
+    module, flags, tree, driver=("scripts/training/stock.py",), launcher=(), python=sys.executable, **environment
+):
     """Runs a stock train.py, --output_dir in `flags`; returns the trainer's log, one dict per step."""
     command = [*(launcher or [python]), *driver, "--train_module", module]
     for name, value in flags.items():
@@ -121,7 +123,7 @@ def train(workshop, out, stage, tree=UPSTREAM, launcher=(), python=sys.executabl
         "vision_tower": workshop / "clip",
         "image_folder": workshop / "images",
     }
-    driver = ["scripts/train.py"] if launcher else ["-c", DRIVER]
+    driver = ["scripts/training/stock.py"] if launcher else ["-c", DRIVER]
     return run_stock("llava.train.train", flags, tree, driver, launcher, python)
 
 
@@ -325,7 +327,7 @@ def test_two_ranks_under_deepspeed_log_the_mean_over_ranks(workshop, runs, tmp_p
 @pytest.mark.pins
 def test_the_exact_upstream_pins_give_the_same_losses(workshop, runs, tmp_path):
     """torch 2.1.2 and deepspeed 0.12.6 as LLaVA pins them, against the CPU environment, both stages in fp32."""
-    made = subprocess.run(["scripts/env.sh", "llava"], cwd=ROOT, capture_output=True, text=True)
+    made = subprocess.run(["scripts/setup/env.sh", "llava"], cwd=ROOT, capture_output=True, text=True)
     if "No interpreter found for Python 3.10" in made.stderr:
         pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
     assert made.returncode == 0, made.stderr

@@ -1,4 +1,4 @@
-"""lmms-eval's results and samples of a task, as columns of the paper's tables (scripts/suite.toml).
+"""lmms-eval's results and samples of a task, as columns of the paper's tables (scripts/evaluation/suite.toml).
 
 A column's score is the sum over its strata of the mean over the stratum's units. Most columns have one stratum, and a
 row is a unit; MME adds its categories up (a unit is a picture's pair of questions), MMStar averages 18 of them.

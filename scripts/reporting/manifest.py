@@ -1,6 +1,6 @@
 """RUN/manifest-BACKBONE.json: what a run is made of, so that a figure in its report can be traced.
 
-python scripts/manifest.py [--seeds N] EXPERIMENT...        of one backbone
+python -m scripts.reporting.manifest [--seeds N] EXPERIMENT...        of one backbone
 """
 
 import argparse
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import config
+from scripts import config
 
 
 def sha256(path: Path) -> str:
@@ -57,9 +57,9 @@ first = configs[args.experiments[0]]
 run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
 source, lock = Path(f"upstream/{backbone}.source"), Path(environment, "lock.sha256")
 if not source.is_file():
-    sys.exit(f"manifest: {source} is missing: run scripts/upstream.sh {backbone}")
+    sys.exit(f"manifest: {source} is missing: run scripts/setup/upstream.sh {backbone}")
 if not lock.is_file():
-    sys.exit(f"manifest: {environment} is missing: make it with scripts/env.sh")
+    sys.exit(f"manifest: {environment} is missing: make it with scripts/setup/env.sh")
 data = run / "data" / "manifest.json"
 parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
 commit = os.environ.get("KIT_COMMIT") or git("rev-parse", "HEAD")

@@ -1,6 +1,7 @@
-"""Small stand-ins for the data sets of scripts/suite.toml, so that every stock task of lmms-eval runs without the hub.
+"""Small stand-ins for the data sets of scripts/evaluation/suite.toml, so that every stock
+task of lmms-eval runs without the hub.
 
-    python scripts/standins.py FOLDER          then: EVAL_DATA=FOLDER scripts/eval.sh EXPERIMENT
+    python -m scripts.miniature.standins FOLDER          then: EVAL_DATA=FOLDER scripts/eval.sh EXPERIMENT
 
 Each, FOLDER/OWNER/NAME, has its data set's own configs, splits and columns, as far as lmms-eval 0.3.0 reads them, and
 8 to 16 rows: held-out pictures of easy-vqa, asked in that benchmark's way. Scores on them say nothing about a model.
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import datasets
 from PIL import Image
-from tiny_data import COLORS, SEED, SHAPES, anew, easyvqa_split, made_by_kit
+
+from scripts.miniature.tiny_data import COLORS, SEED, SHAPES, anew, easyvqa_split, made_by_kit
 
 CHINESE = dict(zip(COLORS, ("黑色", "蓝色", "棕色", "灰色", "绿色", "红色", "青色", "黄色"), strict=True))
 BRIEF = "Please answer directly with only the letter of the correct option and nothing else."
@@ -222,7 +224,7 @@ def write(folder, configs, pics):
         if "image" in table.features and isinstance(table.features["image"], list):  # several pictures in a row
             table = table.cast_column("image", datasets.Sequence(datasets.Image()))
         table.to_parquet(folder / where / f"{split}-00000-of-00001.parquet")
-    (folder / "README.md").write_text("\n".join([*card, "---", "A stand-in made by scripts/standins.py.", ""]))
+    (folder / "README.md").write_text("\n".join([*card, "---", "A stand-in made by scripts.miniature.standins.", ""]))
 
 
 def main(out):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # A stock upstream at the commit of patches/upstreams.toml, in upstream/NAME.
 #
-#   scripts/upstream.sh [llava|tinyllava]
+#   scripts/setup/upstream.sh [llava|tinyllava]
 #
 # From GitHub; where GitHub is out of reach, LLaVA from the package index: llava-torch, checked by hash, a little older
 # than the commit. TinyLLaVA_Factory is on no package index. upstream/NAME.source says which it is; the report repeats it.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 PATH=$PWD/.venv/bin:$PATH
 
 name=${1:-llava}

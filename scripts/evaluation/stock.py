@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.pop(0)  # scripts/, whose names must not hide anyone's
+sys.path.pop(0)  # this folder, whose names must not hide anyone's
 
 import torch
 from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator

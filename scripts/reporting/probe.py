@@ -1,7 +1,7 @@
 """Measure what the report's model-based figures show, on held-out rows, and store it beside the checkpoint.
 
-    python scripts/probe.py CHECKPOINT EVAL_DATA        (scripts/probe.sh calls it)
-    python scripts/probe.py CHECKPOINT IMAGE PROMPT OUT.npz
+    python -m scripts.reporting.probe CHECKPOINT EVAL_DATA        (scripts/probe.sh calls it)
+    python -m scripts.reporting.probe CHECKPOINT IMAGE PROMPT OUT.npz
 
 In the first form CHECKPOINT is .../EXPERIMENT-finetune, and .../probe/EXPERIMENT.npz is written, from n long answers of
 at most T tokens (EVAL_DATA/describe.parquet) and k images of the other tasks with S x S image tokens. In the second

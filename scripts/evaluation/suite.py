@@ -1,9 +1,11 @@
-"""What scripts/eval.sh asks about the paper's suite (scripts/suite.toml), before and after lmms-eval runs.
+"""What scripts/eval.sh asks about the paper's suite (scripts/evaluation/suite.toml), before and after lmms-eval runs.
 
-python scripts/suite.py data FOLDER TASK...    the data sets that these tasks read, FOLDER/OWNER/NAME, made ready as
-                                               FOLDER/.cache/sets/OWNER/NAME
-python scripts/suite.py judge                  whether MMBench's judge at $MMBENCH_JUDGE answers, in one request
-python scripts/suite.py whole FOLDER TASK OLD  whether FOLDER/*/ holds whole results of TASK, newer than the file OLD
+python -m scripts.evaluation.suite data FOLDER TASK...
+    the data sets that these tasks read, FOLDER/OWNER/NAME, made ready as FOLDER/.cache/sets/OWNER/NAME
+python -m scripts.evaluation.suite judge
+    whether MMBench's judge at $MMBENCH_JUDGE answers, in one request
+python -m scripts.evaluation.suite whole FOLDER TASK OLD
+    whether FOLDER/*/ holds whole results of TASK, newer than the file OLD
 
 What is missing is one error each, and exit code 2. `whole` exits with 1 where it says no.
 """

@@ -1,6 +1,6 @@
-"""Downloads, unpacks and checks what an experiment's config names; scripts/sources.toml says where it comes from.
+"""Downloads, unpacks and checks what an experiment's config names; scripts/data/sources.toml says where it comes from.
 
-    python scripts/download.py EXPERIMENT [--offline] [--verify]
+    python -m scripts.data.download EXPERIMENT [--offline] [--verify]
 
 TO.partial holds what is on its way, and is continued. data/.sums/NAME lists the files of a source that lies whole in
 its place, in the form of `sha256sum --check`; it is written last. What lies there already, a link to your own copy for
@@ -32,8 +32,9 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
-import config
 from tqdm import tqdm
+
+from scripts import config
 
 DATA = Path("data")
 LOCK = DATA / "sources.lock.json"
@@ -50,7 +51,7 @@ class DataError(Exception):
 
 @dataclass
 class Source:
-    """A table of scripts/sources.toml, where its keys are explained."""
+    """A table of scripts/data/sources.toml, where its keys are explained."""
 
     name: str
     to: Path
@@ -142,7 +143,7 @@ def take(source: Source, path: Path) -> None:
 
 
 def mend(source: Source, sums: dict[str, str]) -> None:
-    """Changes what scripts/sources.toml says must be changed."""
+    """Changes what scripts/data/sources.toml says must be changed."""
     for old, new in source.rename.items():
         wrong = [file for file in sums if file.endswith(old) and file.removesuffix(old) + new not in sums]
         for file in wrong:
@@ -156,7 +157,7 @@ def mend(source: Source, sums: dict[str, str]) -> None:
         if settings | source.generation_config != settings:
             write(file, json.dumps(settings | source.generation_config, indent=2))
             sums.update(hash_all(file))
-            say(f"{source.name}: {file} now has {source.generation_config}; scripts/sources.toml says why")
+            say(f"{source.name}: {file} now has {source.generation_config}; scripts/data/sources.toml says why")
 
 
 def write(path: Path, text: str) -> None:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Tells what this machine lacks for a profile, before anything is installed or trained.
 #
-#   scripts/doctor.sh tiny|full [BACKBONE]...
+#   scripts/setup/doctor.sh tiny|full [BACKBONE]...
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
-profile=${1:?usage: scripts/doctor.sh tiny|full [BACKBONE]...}
+profile=${1:?usage: scripts/setup/doctor.sh tiny|full [BACKBONE]...}
 [[ $profile == @(tiny|full) ]] || { echo "doctor: no profile '$profile': choose tiny or full" >&2 && exit 2; }
 shift
 problems=0
@@ -20,7 +20,7 @@ memory_gb=$(($(awk '/MemAvailable/ {print $2}' /proc/meminfo) / 1024 / 1024))
 if [[ $profile == tiny ]]; then
     need_disk=4 need_memory=6
 else
-    need_disk=600 need_memory=128 # data 200 GB, and a 7B stage's checkpoints (scripts/cost.py)
+    need_disk=600 need_memory=128 # data 200 GB, and a 7B stage's checkpoints (scripts/training/cost.py)
     if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
         ((${driver%%.*} >= 525)) || problem "the NVIDIA driver is ${driver%%$'\n'*}: CUDA 12.1 needs 525 or newer"
         shm_gb=$(($(df --output=size -k /dev/shm | tail -n 1) / 1024 / 1024))
@@ -41,13 +41,13 @@ else
     for backbone in "${@:-llava}"; do
         # An import proves that the wheel fits torch's ABI.
         ".venv-$backbone/bin/python" -c 'import flash_attn, lmms_eval' 2>/dev/null ||
-            problem "profile full needs .venv-$backbone with a flash-attn that loads: run in the image, or scripts/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"
+            problem "profile full needs .venv-$backbone with a flash-attn that loads: run in the image, or scripts/setup/env.sh $backbone and docker/flash_attn.sh .venv-$backbone URL (docker/Dockerfile has the URL)"
     done
 fi
 ((disk_gb >= need_disk)) || problem "$disk_gb GB of disk are free here, profile $profile needs $need_disk GB"
 ((memory_gb >= need_memory)) || problem "$memory_gb GB of memory are available, profile $profile needs $need_memory GB"
 [[ $profile == tiny ]] ||
-    echo "doctor: $(find data/.sums -type f 2>/dev/null | wc -l) of $(grep -c '^\[' scripts/sources.toml) sources of data and weights are in data/; scripts/data.sh EXPERIMENT --offline checks them"
+    echo "doctor: $(find data/.sums -type f 2>/dev/null | wc -l) of $(grep -c '^\[' scripts/data/sources.toml) sources of data and weights are in data/; scripts/data.sh EXPERIMENT --offline checks them"
 echo "doctor: $(nproc) cores, $memory_gb GB of memory, $disk_gb GB of disk; profile $profile takes up to $need_disk GB of disk"
 ((problems)) && exit 2
 echo "doctor: nothing is missing"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes an environment of docker/locks/, every package checked against its hash.
 #
-#   scripts/env.sh [ENVIRONMENT]
+#   scripts/setup/env.sh [ENVIRONMENT]
 #
 #   cpu               .venv: LLaVA's training and evaluation on a CPU, data, report and tests (Python 3.11)
 #   cpu-tinyllava     .venv-cpu-tinyllava: TinyLLaVA's training and evaluation on a CPU (Python 3.10, 5 GB)
@@ -10,7 +10,7 @@
 #
 # Takes no time when nothing changed; continues where it was cut off.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 name=${1:-cpu}
 case $name in

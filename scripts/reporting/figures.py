@@ -1,6 +1,6 @@
 """The report's pictures, drawn from report.py's figures and the logs and probes that it read.
 
-python scripts/report_figures.py OUT.png NAME=PROBE.npz...        the maps alone (scripts/probe.sh --image)
+python -m scripts.reporting.figures OUT.png NAME=PROBE.npz...        the maps alone (scripts/probe.sh --image)
 """
 
 import itertools

@@ -1,6 +1,6 @@
 """What training an experiment will take, before it is started: steps, tokens, GPU-hours, memory per GPU, disk.
 
-    python scripts/cost.py EXPERIMENT [--gpus N] [--gpu-memory GB]
+    python -m scripts.training.cost EXPERIMENT [--gpus N] [--gpu-memory GB]
 
 For N GPUs (otherwise 1 to 32) of that memory (otherwise 40 and 80 GB): the largest per-device batch up to the config's
 that fits, and the accumulation that keeps the global batch; scripts/train.sh takes them as RANKS and PER_DEVICE.
@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import config
+from scripts import config
 
 PEAK = 312e12  # FLOP/s: A100, bf16, dense (NVIDIA's data sheet)
 UTILISATION = 0.34  # one figure for all: the middle of what PUBLIC's runs reached, 0.23 to 0.43
@@ -169,7 +169,7 @@ def main(argv: list[str]) -> int:
         return 2
     counts = [args.gpus] if args.gpus else [1, 2, 4, 8, 16, 32]
     memories = [args.gpu_memory] if args.gpu_memory else [40, 80]
-    print(f"{args.experiment} on A100s, reckoned (scripts/cost.py), beside data and weights (scripts/data.sh):")
+    print(f"{args.experiment} on A100s, reckoned (scripts.training.cost), beside data and weights (scripts/data.sh):")
     print(*(stage.table(counts, memories) for stage in stages), sep="\n")
     return 0
 

@@ -1,11 +1,11 @@
 """Write RUN_DIR/report.json, report.md (with figures/) and one self-contained report.html from result files.
 
-    python scripts/report.py results/tiny
+    python -m scripts.reporting.report results/tiny
 
 Reads what training, scripts/eval.sh and scripts/probe.sh left in RUN_DIR/seed*/, and RUN_DIR/manifest-*.json, and says
 what is not there. A backbone's experiments are compared with its baseline, the config whose name theirs extend; what
-scripts/paper.toml names, with the paper too. TASK_blind is TASK with a blank image. Figures and sentences are all
-computed; a file that is odd is refused with one line that says what to do.
+paper.toml names, with the paper too. TASK_blind is TASK with a blank image. Figures and sentences are all computed;
+a file that is odd is refused with one line that says what to do.
 """
 
 import base64
@@ -21,14 +21,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from zipfile import BadZipFile
 
-import config
 import jinja2
 import numpy as np
-import report_figures
 import tomllib
 from markdown import markdown
-from report_results import load_columns, load_task, refuse
 from scipy import stats
+
+from scripts import config
+from scripts.evaluation.results import load_columns, load_task, refuse
+from scripts.reporting import figures
 
 PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
 RESAMPLES = 10_000
@@ -436,7 +437,7 @@ def main(folder):
         try:
             manifests[path.stem.removeprefix("manifest-")] = json.loads(path.read_text())
         except ValueError as error:
-            refuse(path, f"not a manifest ({error})", "Run scripts/manifest.py again.")
+            refuse(path, f"not a manifest ({error})", "Run python -m scripts.reporting.manifest again.")
     missing = [f"{baseline} and its variants: not evaluated" for baseline in absent]
     for baseline, run in runs.items():
         group = {"seeds": run.seeds, "baseline": baseline} | scores(run)
@@ -444,7 +445,7 @@ def main(folder):
         group["probes"] = {name: probed(run, name) for name in run.variants if name in {n for _, n in run.probes}}
         groups[baseline] = group | {"verdicts": verdicts(group)}
         missing += run.missing
-        groups[baseline]["figures"] = report_figures.draw(run, group, folder / "figures" / baseline)
+        groups[baseline]["figures"] = figures.draw(run, group, folder / "figures" / baseline)
     columns = {c.name: vars(c) for run in runs.values() for c in run.columns}
     for name, column in columns.items():
         cells = [cell for group in groups.values() for cells in group["table"].values() if (cell := cells.get(name))]

@@ -1,6 +1,6 @@
 """Data of the miniature: easy-vqa's pictures and scenes of scikit-learn's handwritten digits, in LLaVA's JSON format.
 
-    python scripts/tiny_data.py [OUT] [--scenes N] [--easyvqa N] [--digits N] [--describe N]
+    python -m scripts.miniature.tiny_data [OUT] [--scenes N] [--easyvqa N] [--digits N] [--describe N]
 
 OUT defaults to results/tiny/data, and the sizes to the miniature's; tests make less:
 --scenes            digit scenes for training
@@ -285,7 +285,7 @@ def main(out, sizes):
         manifest = out / "manifest.json"
         if not manifest.is_file() or manifest.read_text() != json.dumps(expected | {"files": files(out)}, indent=1):
             sys.exit(
-                f"{out} is not what this version of scripts/tiny_data.py writes with {sizes}: "
+                f"{out} is not what this version of scripts/miniature/tiny_data.py writes with {sizes}: "
                 "move or delete that folder and run again"
             )
         return print(f"{out}: whole, nothing to do")

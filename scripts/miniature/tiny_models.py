@@ -1,6 +1,6 @@
-"""The miniature's pre-trained parts, from scratch on the training split of scripts/tiny_data.py.
+"""The miniature's pre-trained parts, from scratch on the training split of scripts/miniature/tiny_data.py.
 
-    python scripts/tiny_models.py DATA FOLDER... [--vision-steps N] [--language-steps N]
+    python -m scripts.miniature.tiny_models DATA FOLDER... [--vision-steps N] [--language-steps N]
 
 The last part of each FOLDER's name says what to make; tests train it for fewer steps.
 
@@ -29,7 +29,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_data import COLORS, SEED, SHAPES, anew, caption, digit_scenes, easyvqa_split, size
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -44,6 +43,8 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
+
+from scripts.miniature.tiny_data import COLORS, SEED, SHAPES, anew, caption, digit_scenes, easyvqa_split, size
 
 # Stock LLaVA's "v1" and TinyLLaVA's "phi" conversations open with this sentence: the language model meets it here.
 SYSTEM = (
@@ -256,7 +257,7 @@ MAKE = {
 def main(data, folders):
     manifest = data / "manifest.json"
     if not manifest.exists():
-        sys.exit(f"{data} holds no data: run scripts/tiny_data.py {data} first")
+        sys.exit(f"{data} holds no data: run scripts/miniature/tiny_data.py {data} first")
     settings = json.dumps([VISION, LANGUAGE]).encode()
     made_from = hashlib.sha256(manifest.read_bytes() + Path(__file__).read_bytes() + settings).hexdigest() + "\n"
     for final in folders:
@@ -265,7 +266,7 @@ def main(data, folders):
         if final.exists():
             if not (final / "made_from.sha256").exists() or (final / "made_from.sha256").read_text() != made_from:
                 sys.exit(
-                    f"{final} was made from other data, for other steps or by another scripts/tiny_models.py: "
+                    f"{final} was made from other data, for other steps or by another tiny_models.py: "
                     "move or delete that folder and run again"
                 )
             print(f"{final}: whole, nothing to do")

@@ -1,0 +1,1 @@
+"""The steps of a run, each a folder: setup, data, miniature, training, evaluation, reporting."""
