@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from vista_patch.__main__ import main
-from vista_patch.source import plan
+from vista_patch.__main__ import change, main
+from vista_patch.source import Refused, plan
 
 REPO = Path(__file__).parents[1]
 UPSTREAMS = tomllib.loads((REPO / "patches/upstreams.toml").read_text())
@@ -150,6 +150,139 @@ def test_a_failure_while_writing_leaves_all_files_as_they_were(stock, monkeypatc
         patched.setattr(os, "replace", full_disk)  # the first file has been replaced by then
         assert main(["apply", str(stock)]) == 2
     assert "No space left" in capsys.readouterr().err
+    assert files(stock) == before
+
+
+def test_files_that_cannot_be_put_back_are_named(stock, monkeypatch, capsys):
+    """No "tree untouched" where it is not: the disk fails after the first file, for good."""
+    replace, done = os.replace, []
+
+    def failing_disk(source, target):
+        if done:
+            raise OSError(5, "Input/output error", str(target))
+        done.append(target)
+        replace(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "replace", failing_disk)
+        assert main(["apply", str(stock)]) == 2
+    told = capsys.readouterr().err
+    assert "untouched" not in told and f"{done[0]} could not be put back" in told and "run `revert`" in told
+    assert main(["revert", str(stock)]) == 0 and main(["check", str(stock)]) == 1
+
+
+@pytest.mark.parametrize("name", (LLAMA, TRAIN))
+def test_an_edit_saved_after_the_plan_is_kept(stock, name):
+    found = plan(stock)
+    (stock / name).write_bytes((stock / name).read_bytes() + b"# mine\n")
+    before = files(stock)
+    with pytest.raises(Refused, match=f"{Path(name).name}: was changed while this command ran; run it again"):
+        change(found, "patched")
+    assert files(stock) == before
+    assert main(["apply", str(stock)]) == 0 and (stock / name).read_bytes().endswith(b"# mine\n")
+
+
+def run(*args, code="import sys; from vista_patch.__main__ import main; sys.exit(main())", **kwargs):
+    """The command line in a process of its own."""
+    command = [sys.executable, "-c", code, *args]
+    return subprocess.run(command, cwd=REPO, stderr=subprocess.PIPE, timeout=60, **kwargs)
+
+
+@pytest.mark.parametrize("number", ("SIGTERM", "SIGINT", "SIGHUP"))
+def test_a_signal_while_writing_leaves_all_or_none(stock, tmp_path, number):
+    code = f"""if True:
+        import os, signal, sys
+        from vista_patch.__main__ import main
+        replace = os.replace
+        os.replace = lambda *files: [os.kill(os.getpid(), signal.{number}), replace(*files)]
+        sys.exit(main())"""
+    before = files(stock)
+    assert run("apply", str(stock), code=code, stdout=subprocess.DEVNULL).returncode != 0
+    after = files(stock)
+    assert after.keys() == before.keys(), "no temporary files"
+    assert main(["check", str(stock)]) == 0
+    assert main(["revert", str(stock)]) == 0 and files(stock) == before
+
+
+@pytest.mark.parametrize("command, verdict", [("apply", 0), ("revert", 1)])
+def test_a_full_disk_under_stdout_does_not_hide_what_was_done(stock, command, verdict):
+    if command == "revert":
+        assert main(["apply", str(stock)]) == 0
+    with open("/dev/full", "wb") as full:
+        done = run(command, str(stock), stdout=full)
+        told = done.stderr.decode()
+        assert done.returncode == 0 and "done, but the report cannot be printed" in told and "refused" not in told
+        assert main(["check", str(stock)]) == verdict
+        for lost in (("check",), ("check", "--json"), ("apply", "--dry-run")):
+            done = run(*lost, str(stock), stdout=full)
+            assert done.returncode == 2 and b"the report cannot be printed" in done.stderr
+            assert b"done" not in done.stderr and b"Exception" not in done.stderr
+
+
+@pytest.mark.parametrize("reader", ("gone away", "closed"))
+def test_nobody_reads_stdout(stock, reader):
+    """As in `check ... | head -1` and `apply ... >&-`."""
+
+    def quiet(*args):
+        if reader == "closed":
+            done = run(*args, str(stock), preexec_fn=lambda: os.close(1))
+        else:
+            read, write = os.pipe()
+            os.close(read)
+            done = run(*args, str(stock), stdout=write)
+            os.close(write)
+        assert done.stderr == b""
+        return done.returncode
+
+    commands = (("check",), ("check", "--json"), ("apply", "--dry-run"), ("apply",), ("check",), ("revert",))
+    assert [quiet(*command) for command in commands] == [1, 1, 0, 0, 0, 0]
+
+
+def test_a_file_name_that_stdout_cannot_encode(stock, tmp_path_factory):
+    root = os.fsencode(tmp_path_factory.mktemp("names")) + b"/caf\xff \xc3\xa9"
+    shutil.copytree(stock, os.fsdecode(root))
+    os.rename(root + b"/llava/model/language_model/llava_llama.py", root + b"/llava/model/language_model/l\xfe.py")
+    for command, code in (("check", 1), ("apply", 0), ("check", 0), ("revert", 0)):
+        done = run(command, root, stdout=subprocess.PIPE, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+        assert (done.returncode, done.stderr) == (code, b"") and b"language_model/l\xfe.py" in done.stdout
+
+
+def test_what_is_no_source_file_is_not_read(stock):
+    """A pipe, a device, a file without end, a link to nothing or to itself: each is named, the rest is patched."""
+    odd = [stock / f"llava/odd{i}.py" for i in range(5)]
+    os.mkfifo(odd[0])
+    odd[1].symlink_to("/dev/zero")
+    with odd[2].open("wb") as stream:
+        stream.truncate(1 << 40)
+    odd[3].symlink_to("nowhere.py")
+    odd[4].symlink_to(odd[4].name)
+    done = run("apply", str(stock), stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b""
+    for path in odd:
+        assert f"skipped llava/{path.name}: is not a regular file of at most 2 MiB" in done.stdout.decode()
+    assert main(["check", str(stock)]) == 0
+
+
+DEEP = {"minus": "-{}x", "plus": "x{}+x", "attribute": "x{}.x", "calls": "x{}()"}
+
+
+@pytest.mark.parametrize("deep", DEEP.values(), ids=DEEP)
+def test_deep_expressions_end_in_one_clear_line(stock, deep, capsys):
+    """Beside the model's code they are skipped; in the model's file there is nothing left to patch."""
+    start, _, more = deep.partition("{}")
+    expression = start * 10**5 + more if start == "-" else start + more * 10**5
+    other = stock / "llava/model/deep.py"
+    other.write_text(f"# {SPLICE}\n{expression}\n")
+    assert main(["apply", str(stock)]) == 0
+    assert "skipped llava/model/deep.py:1: an expression here is nested too deeply" in capsys.readouterr().out
+    assert main(["revert", str(stock)]) == 0
+    other.unlink()
+    path = stock / LLAMA
+    path.write_text(path.read_text() + f"\n\ny = {expression}\n")
+    before = files(stock)
+    assert main(["apply", str(stock)]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and f"{LLAMA}:1: an expression here is nested too deeply" in told
     assert files(stock) == before
 
 

@@ -39,6 +39,7 @@ SLOTS = {
     "labels": "label",
     "cache_position": "cache",
 }
+LARGEST = 2 << 20  # bytes of a source file; no model file that we know has 0.3 MiB
 NEEDED = {"attention_mask", "inputs_embeds", "labels"}
 
 IMPORT = "import vista_patch"
@@ -85,18 +86,20 @@ class File:
         self.lines, self.numbers = without_our_lines(data)
         self.stock = b"".join(self.lines)
         self.inserts: set[tuple[int, bool, str, bytes]] = set()  # index, is no import, hook, its line
-        try:
-            self.tree = parse(self.stock)
-        except (SyntaxError, ValueError) as error:
-            line = self.numbers[error.lineno - 1] if getattr(error, "lineno", None) else 1
-            raise Refused(f"{name}:{line}: this Python cannot read it: {getattr(error, 'msg', error)}") from None
         # Calls, returns and assignments, each with the function that it stands in (None: the module).
         self.classes: dict[str, ast.ClassDef] = {}
         self.methods: list[tuple[ast.ClassDef, ast.FunctionDef]] = []
         self.calls: list[tuple[ast.FunctionDef | None, ast.Call]] = []
         self.returns: list[tuple[ast.FunctionDef | None, ast.Return]] = []
         self.assigns: list[tuple[ast.FunctionDef | None, ast.Assign]] = []
-        self.outline(self.tree, None)
+        try:
+            self.tree = parse(self.stock)
+            self.outline(self.tree, None)
+        except (SyntaxError, ValueError) as error:
+            line = self.numbers[error.lineno - 1] if getattr(error, "lineno", None) else 1
+            raise Refused(f"{name}:{line}: this Python cannot read it: {getattr(error, 'msg', error)}") from None
+        except (RecursionError, MemoryError):
+            raise Refused(f"{name}:1: an expression here is nested too deeply for this Python to read") from None
 
     def outline(self, parent: ast.AST, function: ast.FunctionDef | None) -> None:
         for node in ast.iter_child_nodes(parent):
@@ -187,12 +190,21 @@ def plan(root: Path) -> Plan:
     if not root.is_dir():
         raise Refused(f"{root}: is no folder; give a checkout of LLaVA or a fork, or an installed `llava`")
     result, sources = Plan(root), {}
-    for folder, folders, entries in os.walk(root):
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, entries in os.walk(root, onerror=fail):
         copies = [d for d in folders if d in ("build", "site-packages")]
         result.skipped += [f"{Path(folder, d).relative_to(root).as_posix()}: a built or installed copy" for d in copies]
         folders[:] = sorted(d for d in folders if d[0] != "." and d not in copies)
         for path in sorted(Path(folder, entry) for entry in entries if entry.endswith(".py")):
-            sources[path.relative_to(root).as_posix()] = path.resolve(), path.read_bytes()
+            name = path.relative_to(root).as_posix()
+            data = read(path)
+            if data is None:
+                result.skipped.append(f"{name}: is not a regular file of at most {LARGEST >> 20} MiB")
+            else:
+                sources[name] = path.resolve(), data
 
     def load(*words: str, trains: bool = False) -> list[File]:
         """All files of interest so far, with those that one of `words` occurs in (of those that train our classes)."""
@@ -223,6 +235,16 @@ def plan(root: Path) -> Plan:
     except Refused as refusal:
         result.refusal = str(refusal)
     return result
+
+
+def read(path: Path) -> bytes | None:
+    """The bytes of a source file; None where it is too large, or a link to nothing, or no regular file: to read a
+    pipe may wait for ever, a device may never end."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as stream:
+        data = stream.read(LARGEST + 1)
+    return data if len(data) <= LARGEST else None
 
 
 def plan_classes(result: Plan, files: list[File], load) -> None:
