@@ -7,8 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT
-from tests.test_training import kit, workshop  # noqa: F401 (fixtures)
+from tests.helpers import ROOT
 
 # A task on each node at once, without the container; stage 2 is not what is tested here.
 SRUN = """#!/usr/bin/env bash
@@ -30,7 +29,7 @@ def history(out, start):
     return [row for row in state["log_history"] if "loss" in row]
 
 
-def test_two_nodes_under_slurms_script_give_the_losses_of_one(kit, tmp_path):  # noqa: F811
+def test_two_nodes_under_slurms_script_give_the_losses_of_one(kit, tmp_path):
     out = tmp_path / "results/seed0/small-pretrain"
     one = history(out, lambda: kit("pretrain", RANKS="2"))
     out.rename(tmp_path / "one")

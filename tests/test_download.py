@@ -6,10 +6,6 @@ reached here.
 cannot cut a connection or tell a lie.)
 """
 
-import contextlib
-import hashlib
-import http.server
-import io
 import json
 import os
 import re
@@ -25,114 +21,10 @@ import pytest
 
 from scripts import config
 from scripts.data import download
-from tests.conftest import ROOT
+from tests.helpers import COMMIT, ROOT, packed, serving, sha256, write_catalog
 
-COMMIT = "c" * 40
 BIG = os.urandom(24 << 20)  # more than twice what huggingface_hub writes at once
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: unshare")
-
-
-def packed(files):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
-
-
-def sha256(data):
-    return hashlib.sha256(data).hexdigest()
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """server.hub: {"datasets/OWNER/NAME": {file: bytes}}, server.plain: {path: bytes}; server.fault(handler, path) may
-    answer itself. server.log: (method, path, first byte asked for, bytes of body sent)."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        path = self.path.split("?")[0]
-        if self.server.fault and self.server.fault(self, path):
-            return
-        if match := re.fullmatch(r"/api/(?:models|(datasets))/(.*)/revision/(.*)", path):
-            commit = match[3] if len(match[3]) == 40 else COMMIT
-            files = self.server.hub["/".join(filter(None, match.groups()[:2]))]
-            siblings = [
-                {"rfilename": name, "size": self.server.claimed.get(name, len(data)), "blobId": "b" * 40}
-                | ({"lfs": {"size": len(data), "sha256": sha256(data), "pointerSize": 134}} if len(data) > 100 else {})
-                for name, data in files.items()
-            ]
-            body = {"id": match[2], "sha": commit, "private": False, "tags": [], "downloads": 0, "siblings": siblings}
-            return self.answer(path, json.dumps(body).encode())
-        if match := re.fullmatch(r"/(.*)/resolve/([^/]*)/(.*)", path):
-            data = self.server.hub[match[1]][match[3]]
-            extra = {"ETag": f'"{sha256(data)}"', "X-Repo-Commit": match[2]}
-            return self.answer(path, self.server.altered.get(path, data), extra)
-        data = self.server.altered.get(path, self.server.plain.get(path))
-        return self.refuse(404) if data is None else self.answer(path, data)
-
-    def refuse(self, status, **headers):
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": "0"}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        return True
-
-    def answer(self, path, data, extra=None, stop=None, hold=None):
-        """stop: sends that many bytes of the body, waits for the event `hold` and hangs up."""
-        first, last = 0, len(data) - 1
-        if asked := self.headers.get("Range"):
-            begin, end = asked.removeprefix("bytes=").split("-")
-            first, last = int(begin), min(int(end or last), last)
-        self.send_response(206 if asked else 200)
-        for name, value in (extra or {}).items():
-            self.send_header(name, value)
-        if asked:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.end_headers()
-        body = b"" if self.command == "HEAD" else data[first : last + 1][:stop]
-        self.server.log.append((self.command, path, first, len(body)))
-        with contextlib.suppress(ConnectionError):
-            self.wfile.write(body)
-            self.wfile.flush()
-        if stop is not None:
-            hold and hold.wait(60)
-            self.close_connection = True
-        return True
-
-
-def write_catalog(folder, catalog):
-    def value(v):
-        return (
-            "{" + ", ".join(f"{json.dumps(k)} = {json.dumps(x)}" for k, x in v.items()) + "}"
-            if isinstance(v, dict)
-            else json.dumps(v)
-        )
-
-    lines = [
-        f'["{name}"]\n' + "".join(f"{k} = {value(v)}\n" for k, v in table.items()) for name, table in catalog.items()
-    ]
-    (folder / "scripts/data/sources.toml").write_text("\n".join(lines))
-
-
-@contextlib.contextmanager
-def serving():
-    """A server whose hub and plain are still to be filled."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hub, server.plain, server.log, server.fault, server.altered, server.claimed = {}, {}, [], None, {}, {}
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 class World:

@@ -18,15 +18,9 @@ import psutil
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.helpers import small_kit
 
 EXPERIMENTS = ("llava-tiny", "llava-tiny-vista", "llava-tiny-vista-cosine")
-SMALLER = {  # file below scripts: what stands there, and what makes the run short
-    "configs/llava-tiny.toml": {"max_steps = 100": "max_steps = 4", "max_steps = 250": "max_steps = 8"}
-    | {"save_steps = 50": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
-    "configs/llava-tiny-vista.toml": {'["easyvqa", "digits"]': '["digits"]'},
-    "configs/llava-tiny-vista-cosine.toml": {'["easyvqa", "digits"]': '["digits"]'},
-}  # fmt: skip
 SIZES = {
     "TINY_DATA": "--scenes 100 --easyvqa 4 --digits 4 --describe 4",
     "TINY_MODELS": "--vision-steps 20 --language-steps 20",
@@ -42,21 +36,6 @@ KILLS = [  # (the step, at least and at most so many seconds after it begins, or
     ("scripts/eval.sh llava-tiny-vista 0", 2, 12), ("checkpoint of llava-tiny-vista-cosine", 0, 0.5),
     ("scripts/probe.sh llava-tiny-vista-cosine", 0, 5), ("python3 -m scripts.reporting.report", 0, 2),
 ]  # fmt: skip
-
-
-def small_kit(folder, smaller=SMALLER):
-    """A checkout that `make setup` has not seen yet, but for its environment; its whole run takes minutes."""
-    for name in ("docker/locks", "patches", "scripts", "vista_patch"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in (".venv", ".uv"):
-        (folder / name).symlink_to(ROOT / name)
-    for name, changes in smaller.items():
-        text = (folder / "scripts" / name).read_text()
-        for before, after in changes.items():
-            assert before in text, (name, before)
-            text = text.replace(before, after)
-        (folder / "scripts" / name).write_text(text)
-    return folder
 
 
 def start(folder, log, command="scripts/reproduce.sh"):

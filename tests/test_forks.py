@@ -325,8 +325,7 @@ def exercise(root, name, generation, vision_tower):
     import torch
 
     import vista_patch
-    from tests.test_loss import reference
-    from tests.test_model import IMAGE, PATCHES, ROWS, batch, gradients
+    from tests.helpers import IMAGE, PATCHES, ROWS, batch, gradients, reference
     from vista_patch.model import _decoder
 
     module, missing = load(root, name.partition(":")[0])

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 import vista_patch
-from tests.conftest import ROOT
-from tests.test_loss import reference
-from tests.test_model import batch, stock
+from tests.helpers import ROOT, batch, reference, stock
 from vista_patch import vista_metrics
 
 

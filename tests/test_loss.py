@@ -5,31 +5,10 @@ import itertools
 import pytest
 import torch
 
+from tests.helpers import reference
 from vista_patch import vista_loss
 
 SETTINGS = list(itertools.product(("l2", "cosine"), ("mean", "sum"), ("t/m", "t", "one")))
-
-
-def reference(x, h, text, image, metric, reduction, ramp):
-    """Slow and literal: a loop over samples and tokens, nothing shared with vista_loss."""
-    x, h = x.double(), h.double()
-    terms = []
-    for b in range(len(x)):
-        images = [i for i in range(x.shape[1]) if image[b, i]]
-        words = [i for i in range(x.shape[1]) if text[b, i]]
-        if not images or not words:
-            continue
-        s, m = h[b, images[-1]], len(words)
-        term = 0.0
-        for t, i in enumerate(words, start=1):
-            f = {"t/m": t / m, "t": t, "one": 1}[ramp]
-            if metric == "l2":
-                squared = (x[b, i] - s).pow(2)
-                term = term + f * (squared.mean() if reduction == "mean" else squared.sum())
-            else:
-                term = term - f * torch.dot(x[b, i], s) / (x[b, i].norm() * s.norm())
-        terms.append(term / m)
-    return sum(terms) / len(terms) if terms else 0 * x.sum()
 
 
 def batch(dtype=torch.float32, d=32, seed=0):

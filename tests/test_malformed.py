@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from tests.conftest import ROOT, UPSTREAM
+from tests.helpers import ROOT, UPSTREAM, make_run
 from vista_patch import VistaConfig
 
 PYTHON = ".venv/bin/python"
@@ -59,8 +59,6 @@ def run(name, change):
     """A damage: a whole run in run/ with one file changed."""
 
     def write(folder):
-        from tests.test_report import make_run
-
         (folder / "run").mkdir()
         (path,) = make_run(folder / "run").glob(name)
         path.write_bytes(change(path.read_bytes()))

@@ -8,43 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.test_loss import reference
+from tests.helpers import IMAGE, PATCHES, ROWS, batch, gradients, reference, stock
 from vista_patch import VistaConfig, vista_metrics
-
-IMAGE, PAD, PATCHES = -200, 0, 4
-ROWS = [  # token ids; IMAGE is the placeholder
-    [1, 5, IMAGE, 6, 7, 8, 9, 10],
-    [1, 11, 12, 13],  # text only
-    [1, IMAGE, 14, 15, IMAGE, 16, 17, 18],  # two images
-    [1, 19, 20, 21, 22, 23, 24, 25, 26, 27, IMAGE, 28, 29],  # cut inside the image by max_length 12
-    [1, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, IMAGE, 42],  # cut before the image
-    [IMAGE],  # no text
-]
-
-
-def batch(rows=ROWS, left=False, images=None):
-    width = max(map(len, rows))
-    pad = [[PAD] * (width - len(row)) for row in rows]
-    ids = torch.tensor([p + r if left else r + p for r, p in zip(rows, pad, strict=True)])
-    real = [
-        [0] * len(p) + [1] * len(r) if left else [1] * len(r) + [0] * len(p) for r, p in zip(rows, pad, strict=True)
-    ]
-    mask = torch.tensor(real).bool()
-    # Every third label is ignored, as a prompt is: VISTA reads all text tokens, prompt and answer.
-    labels = torch.where(mask & (ids != IMAGE) & (torch.arange(width) % 3 != 1), ids, -100)
-    generator = torch.Generator().manual_seed(1)
-    count = sum(max(1, row.count(IMAGE)) for row in rows)  # a text-only row takes one dummy image
-    if images is None:
-        images = torch.randn(count, 3, 8, 8, generator=generator)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "images": images}
-
-
-def stock(model, **inputs):
-    return type(model).forward.__wrapped__(model, **inputs)
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def expected(model, inputs, rows, tokens_of, max_length, left, **settings):

@@ -13,9 +13,7 @@ import sys
 import pytest
 
 from scripts import config
-from tests.conftest import ROOT
-from tests.test_download import packed, serving, sha256, write_catalog
-from tests.test_faults import small_kit
+from tests.helpers import ROOT, packed, serving, sha256, small_kit, write_catalog
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 BOTH = {

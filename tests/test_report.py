@@ -1,7 +1,6 @@
 """scripts/reporting/report.py: statistics against slow references and the paper, refusals, the page in a browser."""
 
 import html
-import itertools
 import json
 import math
 import random
@@ -15,64 +14,7 @@ from PIL import Image
 
 from scripts.evaluation.results import can_cider, load_columns
 from scripts.reporting import report
-from tests.conftest import ROOT
-from tests.test_training import workshop  # noqa: F401 (a fixture)
-
-VARIANTS = ["llava-tiny", "llava-tiny-vista", "llava-tiny-vista-cosine"]
-ACCURACY = {"llava-tiny": 0.7, "llava-tiny-vista": 0.85, "llava-tiny-vista-cosine": 0.7}
-N = 120
-
-
-def write_task(folder, right):
-    """lmms-eval 0.3.0's two files of one task, with the keys that it writes."""
-    task, folder = folder.name, folder / "seed0__llava"
-    folder.mkdir(parents=True)
-    kinds = itertools.cycle([("a 3?", "yes"), ("a 3?", "no")] * 2 + [("left?", digit) for digit in "1234"])
-    rows = []
-    for i, (ok, (question, answer)) in enumerate(zip(right, kinds, strict=False)):
-        doc = {"question_id": f"{task.removesuffix('_blind')}-{i}", "question": question, "answer": answer}
-        rows.append({"doc_id": i, "doc": doc, "target": answer, "exact_match": float(ok)})
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / f"20260101_000000_samples_{task}.jsonl").write_text(lines)
-    scores = {"alias": task, "exact_match,none": float(np.mean(right)), "exact_match_stderr,none": 0.04}
-    n = {"original": len(rows), "effective": len(rows)}
-    results = {"results": {task: scores}, "versions": {task: 1.0}, "n-samples": {task: n}}
-    (folder / "20260101_000000_results.json").write_text(json.dumps(results))
-
-
-def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
-    """A whole run's tree: the files that training, evaluation and the probe leave behind."""
-    rng = np.random.default_rng(0)
-    for seed, name in itertools.product(range(seeds), variants):
-        base = root / f"seed{seed}"
-        for task in ("digits", "easyvqa"):
-            write_task(base / "eval" / name / task, rng.random(N) < ACCURACY[name.removeprefix("tiny")])
-            if name.endswith("-tiny"):
-                write_task(base / "eval" / name / f"{task}_blind", rng.random(N) < blind_accuracy)
-        log = [{"step": s, "loss": 3 / s} for s in range(1, 41)]
-        for row in log if "vista" in name else []:
-            row.update(loss_ce=2 / row["step"], loss_vista=1 / row["step"], vista_share=row["step"] % 10 and 1.0)
-        log.append({"step": 40, "train_runtime": 1.0, "train_loss": 0.5})
-        for folder in (f"{name}-pretrain", f"{name}-finetune"):
-            (base / folder).mkdir()
-            (base / folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
-        kl = np.exp(-np.arange(30) / 10) * rng.uniform(0.5, 1.5, (16, 1))
-        kl[::2, 20:] = np.nan
-        arrays = {key: np.full(16, 0.5) for key in report.TERMS} | {"kl": kl, "hidden_size": np.array(64)}
-        maps = rng.normal(size=(2, 4, 4))
-        maps[:, 0, 0] = np.nan if name.startswith("tiny") else 0
-        arrays |= {"map": maps, "question": np.array(["what?", "where?"])}
-        arrays["image"] = rng.integers(0, 255, (2, 64, 64, 3)).astype("uint8")
-        (base / "probe").mkdir(exist_ok=True)
-        np.savez(base / "probe" / f"{name}.npz", **arrays)
-    suffix = "\nAnswer the question using a single word or phrase."
-    asked = [("a 3?", "yes"), ("a 3?", "no"), ("a 3?", "yes"), *(("left?", digit) for digit in "1234"), ("left?", "1")]
-    turns = [{"from": "human", "value": f"<image>\n{q}{suffix}"} for q, _ in asked]
-    rows = [{"conversations": [turn, {"from": "gpt", "value": a}]} for turn, (_, a) in zip(turns, asked, strict=True)]
-    (root / "data").mkdir(exist_ok=True)
-    (root / "data" / "finetune.json").write_text(json.dumps(rows))
-    (root / "manifest-llava.json").write_text(json.dumps({"kit": {"commit": "c121f04"}}))
-    return root
+from tests.helpers import ROOT, VARIANTS, N, make_run
 
 
 @pytest.fixture
@@ -496,7 +438,7 @@ def test_a_judged_mmbench_has_a_score_alone(tmp_path):
 
 
 @pytest.fixture
-def checkpoint(workshop, make_model, tmp_path):  # noqa: F811
+def checkpoint(workshop, make_model, tmp_path):
     """save(name, seed): a random LLaVA in a folder of any name, with the workshop's tokenizer."""
     import torch
     from transformers import AutoTokenizer

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 PAPER = {  # section 5.1 and appendix; LLaVA's own recipe, which the paper says it follows
     "pretrain": {"learning_rate": "0.001", "global_batch": 256, "version": "plain"},

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import tomllib
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 COLUMNS = tomllib.loads((ROOT / "scripts/evaluation/suite.toml").read_text())["column"]
 TASKS = list(dict.fromkeys(column["task"] for column in COLUMNS))

@@ -13,8 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT
-from tests.test_training import kit, run_stock, small_experiment, workshop  # noqa: F401 (fixtures)
+from tests.helpers import ROOT, run_stock, small_experiment
 
 pytestmark = [pytest.mark.pins, pytest.mark.upstream]
 STEPS = 16
@@ -66,7 +65,7 @@ def stock_tree(tree, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def parts(workshop):  # noqa: F811
+def parts(workshop):
     """The folder of test_training's data, with a random small Phi and SigLIP."""
     import torch
 
@@ -176,7 +175,7 @@ def test_the_exact_upstream_pins_give_the_same_losses(train, pretrained, finetun
             np.testing.assert_allclose(*values, rtol=2e-3, atol=2e-4, err_msg=key)
 
 
-def test_both_stages_stopped_by_a_signal_and_continued_end_as_if_they_had_not_been(kit, parts, tree, tmp_path):  # noqa: F811
+def test_both_stages_stopped_by_a_signal_and_continued_end_as_if_they_had_not_been(kit, parts, tree, tmp_path):
     """Under deepspeed, ZeRO-2 and ZeRO-3, by train.sh."""
     environment("cpu-tinyllava")
     (tmp_path / ".venv-cpu-tinyllava").symlink_to(ROOT / ".venv-cpu-tinyllava")

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.conftest import ROOT, UPSTREAM
+from tests.helpers import ROOT, UPSTREAM, run_stock
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 32
@@ -29,47 +29,6 @@ STAGES = {
     "pretrain": {"version": "plain", "tune_mm_mlp_adapter": True, "learning_rate": 1e-3},
     "finetune": {"version": "v1", "image_aspect_ratio": "pad", "group_by_modality_length": True, "learning_rate": 2e-4},
 }
-WORDS = ("red", "green", "blue", "square", "circle", "star", "left", "right", "above", "one", "two", "three", "what")
-
-
-@pytest.fixture(scope="session")
-def workshop(tmp_path_factory, vision_tower):
-    """A folder with data (image rows, text-only rows, several turns), a random Llama and its tokenizer."""
-    import sentencepiece
-    import torch
-    from PIL import Image
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
-
-    folder = tmp_path_factory.mktemp("work")
-    random = np.random.default_rng(0)
-    (folder / "images").mkdir()
-    rows = []
-    for i in range(64):
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(folder / f"images/{i}.png")
-        turns = []
-        for turn in range(random.integers(1, 3)):
-            picture = "<image>\n" if turn == 0 and i % 4 else ""
-            turns.append({"from": "human", "value": picture + " ".join(random.choice(WORDS, 5))})
-            turns.append({"from": "gpt", "value": " ".join(random.choice(WORDS, random.integers(1, 12)))})
-        rows.append({"id": str(i), "conversations": turns} | ({"image": f"{i}.png"} if i % 4 else {}))
-    (folder / "finetune.json").write_text(json.dumps(rows))
-    captions = [row | {"conversations": row["conversations"][:2]} for row in rows if "image" in row]
-    (folder / "pretrain.json").write_text(json.dumps(captions))
-
-    text = [turn["value"] for row in rows for turn in row["conversations"]]
-    text += ["A chat between a curious user and an artificial intelligence assistant. USER: ASSISTANT:"] * 9
-    (folder / "text.txt").write_text("\n".join(text))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=420, model_type="bpe",
-        byte_fallback=True, num_threads=1, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    llama = folder / "llama"
-    LlamaTokenizer(str(folder / "tokenizer.model"), legacy=False, pad_token="<unk>").save_pretrained(llama)
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=512, **shape)).save_pretrained(llama)
-    shutil.copytree(vision_tower, folder / "clip")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -88,31 +47,6 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 CLIPVisionTower.to = lambda self, **_: self
 runpy.run_path("scripts/training/stock.py", run_name="__main__")
 """
-
-
-def run_stock(
-    module, flags, tree, driver=("scripts/training/stock.py",), launcher=(), python=sys.executable, **environment
-):
-    """Runs a stock train.py, --output_dir in `flags`; returns the trainer's log, one dict per step."""
-    command = [*(launcher or [python]), *driver, "--train_module", module]
-    for name, value in flags.items():
-        command += [f"--{name}", str(value)]
-    environment |= {
-        "PYTHONPATH": f"{tree}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-        "PATH": f"{Path(python).parent}:{os.environ['PATH']}",
-    }  # fmt: skip
-    # The exact pins' deepspeed wants Intel's extension of torch for DS_ACCELERATOR=cpu.
-    inherited = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR" or python == sys.executable}
-    if launcher:
-        environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
-    # With two ranks on a CPU, deepspeed 0.14.5 sometimes starts from garbage (a NaN loss) or dies at its end.
-    for _ in range(3 if launcher else 1):
-        done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
-        if done.returncode == 0:
-            break
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    state = json.loads((Path(flags["output_dir"]) / "trainer_state.json").read_text())
-    return [row for row in state["log_history"] if "loss" in row]
 
 
 def train(workshop, out, stage, tree=UPSTREAM, launcher=(), python=sys.executable, **changes):
@@ -244,36 +178,6 @@ def test_stage_2_killed_and_continued_ends_as_if_it_had_not_been(workshop, runs,
     assert not (out / "config.json").exists()
     assert train(workshop, out, "finetune", **flags) == logs["finetune"]
     assert weights(out) == weights(folder / "llava")
-
-
-def small_experiment(tree, base, parts, models, stages, train):
-    """Writes the config "small": six steps of these stages on a folder's data and models, over `base`."""
-    train = {"model_name_or_path": f"{parts}/{models[0]}", "vision_tower": f"{parts}/{models[1]}"} | train
-    tables = {"train": train | {"dataloader_num_workers": 0}}
-    for stage in stages:
-        tables[stage] = {"data_path": f"{parts}/{stage}.json", "image_folder": f"{parts}/images"}
-        tables[stage] |= {"max_steps": 6, "global_batch": 8, "per_device_train_batch_size": 4}
-    lines = [f'base = "{base}"', 'run = "results"']
-    for table, values in tables.items():
-        lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in values.items())]
-    (tree / "scripts/configs/small.toml").write_text("\n".join(lines))
-
-
-@pytest.fixture
-def kit(workshop, tmp_path):
-    """kit(stage, *arguments, **environment): the real train.sh, in a tree of its own, on the experiment "small"."""
-    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
-    for name in (".venv", "upstream"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    train = {"model_max_length": 96, "save_steps": 4}
-    small_experiment(tmp_path, "llava-tiny-vista", workshop, ("llama", "clip"), ("pretrain",), train)
-
-    def start(stage, *arguments, **environment):
-        command = [tmp_path / "scripts/train.sh", "small", stage, *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=os.environ | environment, **pipes)
-
-    return start
 
 
 def test_stage_1_stopped_by_sigterm_and_continued_ends_as_if_it_had_not_been(kit, tmp_path):
