@@ -3,16 +3,18 @@
 import html
 import json
 import math
+import os
 import random
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.evaluation.results import can_cider, load_columns
+from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
 from scripts.reporting import report
 from tests.helpers import ROOT, VARIANTS, N, make_run
 
@@ -230,6 +232,85 @@ def test_refuses_what_is_missing_or_odd(run, damage, message):
     assert not list(run.glob("report*"))
 
 
+NOT_WHOLE = {
+    "no results": (lambda path: path.unlink(), RESULTS, "0 results files instead of one"),
+    "two results": (lambda path: shutil.copy(path, path.with_name("2_results.json")), RESULTS, "2 results files"),
+    "an empty file": (lambda path: path.write_text(""), RESULTS, "not a whole lmms-eval result"),
+    "no JSON object": (lambda path: path.write_text("7"), RESULTS, "not a whole lmms-eval result"),
+    "brackets without end": (lambda path: path.write_text("[" * 10**6), RESULTS, "RecursionError"),
+    "no UTF-8": (lambda path: path.write_bytes(b'{"results": "\xff"}'), RESULTS, "UnicodeDecodeError"),
+    "a NaN score": (lambda path: path.write_text(re.sub(r"(none\": )[01]\.\d+", r"\1NaN", path.read_text(), count=1)),
+                    RESULTS, "exact_match,none is nan"),
+    "a NaN sample": (lambda path: path.write_text(path.read_text().replace("1.0}", "NaN}", 1)),
+                     SAMPLES, "not the mean"),
+    "no samples": (lambda path: path.unlink(), SAMPLES, "FileNotFoundError"),
+    "half of the samples": (lambda path: path.write_text(path.read_text()[:999]), SAMPLES, "JSONDecodeError"),
+    "samples that are no rows": (lambda path: path.write_text("[]\n" * N), SAMPLES, "TypeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage, pattern, message", NOT_WHOLE.values(), ids=NOT_WHOLE)
+def test_a_result_that_is_not_whole_is_one_clear_answer(tmp_path, damage, pattern, message):
+    folder = tmp_path / "seed0/eval/llava-tiny-vista/digits"
+    write_task(folder, np.arange(N) % 2 == 0)
+    assert read(folder, "digits").results["digits"].score == 50
+    (path,) = tmp_path.glob(f"seed0/{pattern}")
+    damage(path)
+    with pytest.raises(ResultError, match=f"(?s)^{re.escape(str(folder))}.*{re.escape(message)}.*Run scripts/eval.sh"):
+        read(folder, "digits")
+
+
+def make_checkpoint(folder, weights=b"weights"):
+    (folder / "checkpoint-50").mkdir(parents=True)
+    for name, content in {"model.safetensors": weights, "config.json": b"{}", "tokenizer.model": b"words"}.items():
+        (folder / name).write_bytes(content)
+    for name in ("trainer_state.json", "training_args.bin", "train.log", "done", "checkpoint-50/model.safetensors"):
+        (folder / name).write_bytes(os.urandom(8))
+    return folder
+
+
+def test_a_result_is_whole_by_its_checkpoints_contents_and_not_by_clocks(tmp_path):
+    """A copy of a finished run has other times and the same contents."""
+    one, copy, other = (make_checkpoint(tmp_path / name) for name in ("one", "copy", "other"))
+    (other / "config.json").write_text("{ }")
+    assert identity(one) == identity(copy) != identity(other)
+    folder = tmp_path / "digits"
+    write_task(folder, np.arange(N) % 2 == 0)
+    with pytest.raises(ResultError, match="does not say which checkpoint it is of"):
+        read(folder, "digits", identity(one))
+    record(folder, identity(one))
+    os.utime(one / "done")
+    assert read(folder, "digits", identity(copy)).checkpoint == identity(one)
+    with pytest.raises(ResultError, match="is of another checkpoint"):
+        read(folder, "digits", identity(other))
+    (folder / "checkpoint.json").write_text('{"sha')
+    with pytest.raises(ResultError, match="does not name a checkpoint"):
+        read(folder, "digits")
+
+
+@pytest.mark.parametrize("change", (lambda c: (c / "model.safetensors").rename(c / "model-1.safetensors"),
+                                    lambda c: (c / "model.safetensors").write_bytes(b"weight"),
+                                    lambda c: (c / "tokenizer.model").unlink()))  # fmt: skip
+def test_a_checkpoints_identity_is_all_that_its_model_is_loaded_from(tmp_path, change):
+    checkpoint = make_checkpoint(tmp_path / "one")
+    before = identity(checkpoint)
+    change(checkpoint)
+    assert identity(checkpoint) != before
+
+
+def test_a_checkpoint_without_weights_has_no_identity(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ResultError, match="holds no weights"):
+        identity(tmp_path)
+
+
+def test_tasks_of_different_checkpoints_are_not_one_experiments(run):
+    for task, checkpoint in {"digits": "1" * 64, "easyvqa": "2" * 64}.items():
+        record(run / "seed0/eval/llava-tiny" / task, checkpoint)
+    with pytest.raises(SystemExit, match="eval/llava-tiny: its tasks are of different checkpoints"):
+        report.main(run)
+
+
 # -- the paper's suite: stand-in answers, logged and scored by lmms-eval's own task code
 
 CHOICE = {"A": "cat", "B": "dog", "C": "car", "D": "sun"}
@@ -402,9 +483,7 @@ def test_a_stratified_score_has_its_own_standard_error(suite_run):
 def test_a_whole_split_gets_a_verdict(suite_run, monkeypatch):
     """The same results, of which the suite is said to have no more."""
     whole = {"SEED-Bench (image)": 48, "MME perception": 40, "MME cognition": 20}
-    sized = load_columns()
-    for column in sized:
-        column.n = whole.get(column.name, 60)
+    sized = [replace(column, n=whole.get(column.name, 60)) for column in load_columns()]
     monkeypatch.setattr(report, "load_columns", lambda tasks=None: [c for c in sized if not tasks or c.task in tasks])
     report.main(suite_run)
     group = json.loads((suite_run / "report.json").read_text())["groups"]["llava-v1.5-7b"]

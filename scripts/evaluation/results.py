@@ -1,94 +1,189 @@
-"""lmms-eval's results and samples of a task, as columns of the paper's tables (scripts/evaluation/suite.toml).
+"""Reads what lmms-eval left of a task: whether it is whole, and what is in it, in one reading.
+
+A task's folder holds lmms-eval's own folder, with `*_results.json` and `*_samples_TASK.jsonl`, and checkpoint.json, the
+identity of what was evaluated. `read` gives its columns of the paper's tables (suite.toml), or raises ResultError.
 
 A column's score is the sum over its strata of the mean over the stratum's units. Most columns have one stratum, and a
 row is a unit; MME adds its categories up (a unit is a picture's pair of questions), MMStar averages 18 of them.
 """
 
+import hashlib
 import importlib.util
 import json
 import math
 import shutil
-import sys
 from collections import defaultdict
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import tomllib
+from numpy.typing import NDArray
 
 ROUNDING = 6e-4  # in the paper's units: MMMU and MMT-Bench round to 5 digits
+ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # of a broken file
+# Of a checkpoint's folder: what its model is loaded from, and what training writes beside it.
+LOADED = {".bin", ".json", ".model", ".safetensors", ".txt"}
+WRITTEN = {"trainer_state.json", "training_args.bin", "nonfinite.json"}
 
 
-def refuse(path, problem, remedy):
-    sys.exit(f"report.py: {path}: {problem}. {remedy}")
+class ResultError(Exception):
+    """A result that is missing, not whole or not the right one. Says where, what is wrong and what to do."""
+
+    def __init__(self, path: Path, problem: str, remedy: str = "Run scripts/eval.sh for it again."):
+        super().__init__(f"{path}: {problem}. {remedy}")
 
 
-def load_columns(tasks=None):
-    """The columns that these tasks (None: the paper's) have: suite.toml's in its order; a task that it lacks (the
-    miniature's) is a column of its own: table 0, exact_match in %. table, name, task, key, field, scale, n as there."""
-    suite = tomllib.loads((Path(__file__).parent / "suite.toml").read_text())["column"]
-    paper = {column["task"] for column in suite}
-    tasks = paper if tasks is None else tasks
-    own = sorted(tasks - paper)
-    rows = suite + [{"name": task, "task": task, "key": "exact_match,none", "scale": 100} for task in own]
-    empty = {"table": 0, "field": None, "n": None}
-    return [SimpleNamespace(**(empty | row)) for row in rows if row["task"] in tasks]
+@dataclass(frozen=True)
+class Column:
+    """A column of the paper's tables; suite.toml says what the fields mean. Table 0: a task that the paper lacks."""
+
+    name: str
+    task: str
+    key: str
+    scale: float
+    table: int = 0
+    field: str | None = None
+    n: int | None = None
+    data: str | None = None
+
+    @property
+    def metric(self) -> str:
+        return self.key.partition(",")[0]
 
 
-def load_task(folder, columns):
-    """{column's name: its result} of one task. A result has the score in the paper's units, the number of rows that
-    count, the task's version, and units and value {stratum: [n]}, both None where lmms-eval logs too little.
-    Rows of the miniature's tasks keep question and answer: asked {unit: (question, answer)}."""
-    task, again = folder.name, "Run scripts/eval.sh for it again."
+@dataclass(frozen=True)
+class Result:
+    """One column of one evaluation. units, value: {stratum: [n]} both, None where lmms-eval logs too little."""
+
+    score: float  # in the paper's units
+    rows: int  # that count in this column
+    units: dict[str, list[Hashable]] | None
+    value: dict[str, NDArray[np.float64]] | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One task of one checkpoint, whole."""
+
+    task: str
+    version: str | float
+    checkpoint: str | None  # its `identity`; None: nobody recorded it
+    results: dict[str, Result]  # by the column's name
+    asked: dict[Hashable, tuple[str, str]]  # {unit: (question, answer)}, of tasks that the paper lacks
+
+
+def load_columns(tasks: Collection[str] | None = None) -> list[Column]:
+    """The columns that these tasks (None: the paper's) have: suite.toml's in its order. A task that it lacks (the
+    miniature's) is a column of its own: exact_match in %."""
+    suite = tomllib.loads(Path(__file__).with_name("suite.toml").read_text(encoding="utf-8"))["column"]
+    paper = [Column(**row) for row in suite]
+    if tasks is None:
+        return paper
+    own = sorted(set(tasks) - {column.task for column in paper})
+    paper += [Column(name=task, task=task, key="exact_match,none", scale=100) for task in own]
+    return [column for column in paper if column.task in tasks]
+
+
+def identity(checkpoint: Path) -> str:
+    """A sha256 over what a model is loaded from: its weights, config and tokenizer, by name and content. A copy has the
+    same one. Reads every byte: 14 GB take 10 to 30 s. Raises ResultError where there are no weights."""
+    total, weights = hashlib.sha256(), False
+    for path in sorted(checkpoint.rglob("*")):
+        name = path.relative_to(checkpoint)
+        skipped = name.parts[0].startswith((".", "checkpoint-")) or name.parts[0] in ("replay", "runs")
+        if skipped or path.suffix not in LOADED or path.name in WRITTEN or not path.is_file():
+            continue
+        weights = weights or path.suffix in (".bin", ".safetensors")
+        with path.open("rb") as file:
+            total.update(f"{name.as_posix()!a} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    if not weights:
+        raise ResultError(checkpoint, "holds no weights", "Train this experiment first.")
+    return total.hexdigest()
+
+
+def record(folder: Path, checkpoint: str) -> None:
+    """Write beside a task's results which checkpoint, by its identity, they are of."""
+    (folder / "checkpoint.json").write_text(json.dumps({"sha256": checkpoint}) + "\n", encoding="utf-8")
+
+
+def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
+    """A task's whole evaluation. checkpoint: the identity that it must be of; None: of any.
+
+    lmms-eval exits 0 even when a run fails, so its files decide. Raises ResultError where they are missing, cut off or
+    of another checkpoint, where a column is no finite number, and where the score is not what the samples give."""
     files = sorted(folder.glob("*/[0-9]*_results.json"))
     if len(files) != 1:
-        refuse(folder, f"has {len(files)} results files instead of one", again)
-    metrics = {column.name: column.key.partition(",")[0] for column in columns}
-    logged, units, asked = {name: {} for name in metrics}, [], {}
+        raise ResultError(folder, f"has {len(files)} results files instead of one")
+    recorded = read_record(folder / "checkpoint.json")
+    if checkpoint is not None and recorded != checkpoint:
+        said = "does not say which checkpoint it is of" if recorded is None else "is of another checkpoint"
+        raise ResultError(folder, said)
+    columns = load_columns({task})
+    logged: dict[str, dict[Hashable, Any]] = {column.name: {} for column in columns}
+    units: list[Hashable] = []
+    asked: dict[Hashable, tuple[str, str]] = {}
     try:
-        results = json.loads(files[0].read_text())
+        stock = json.loads(files[0].read_text(encoding="utf-8"))
         samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
-        with samples.open() as lines:  # 600 MB for VQAv2: a line at a time
+        with samples.open(encoding="utf-8") as lines:  # 600 MB for VQAv2: a line at a time
             for line in lines:
                 row = json.loads(line)
                 units.append(unit := (row["doc_id"], row["target"]))  # the same in every experiment
-                for name, metric in metrics.items():
-                    if metric in row:
-                        logged[name][unit] = row[metric]
-                if not columns[0].table:
-                    asked[unit] = (row["doc"]["question"], row["doc"]["answer"])
-        n, version = results["n-samples"][task]["effective"], results["versions"][task]
-        values = {column.name: results["results"][task][column.key] for column in columns}
-        score = {c.name: c.scale * float(values[c.name][c.field] if c.field else values[c.name]) for c in columns}
+                for column in columns:
+                    if column.metric in row:
+                        logged[column.name][unit] = row[column.metric]
+                if not columns[0].table and {"question", "answer"} <= row["doc"].keys():
+                    asked[unit] = (str(row["doc"]["question"]), str(row["doc"]["answer"]))
+        n, version = stock["n-samples"][task]["effective"], stock["versions"][task]
         if not n or not len(units) == len(set(units)) == n:
-            refuse(files[0], f"says n = {n}, its samples: {len(units)} rows, {len(set(units))} questions", again)
-        out = {}
-        for column in columns:
-            ids, value = per_sample(metrics[column.name], logged[column.name])
-            out[column.name] = SimpleNamespace(
-                score=score[column.name], rows=len(logged[column.name]), version=version, asked=asked,
-                units=ids, value=value and {s: column.scale * np.array(v) for s, v in value.items()},
-            )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        refuse(files[0], f"not a whole lmms-eval result of {task} ({type(error).__name__}: {error})", again)
-    for column in columns:
-        result = out[column.name]
-        if not math.isfinite(result.score) or not result.rows:
-            refuse(files[0], f"{column.key} is {result.score} over {result.rows} samples", again)
-        if result.value is None:
-            continue
-        if abs(sum(v.mean() for v in result.value.values()) - result.score) > ROUNDING:
-            if metrics[column.name] == "gpt_eval_score":  # a judge was asked, and lmms-eval does not log what it said
-                result.units = result.value = None
-            else:
-                refuse(files[0], f"its {column.key} {result.score} is not the mean of its samples", again)
-    return out
+            raise ResultError(files[0], f"says n = {n}, its samples: {len(units)} rows, {len(set(units))} questions")
+        values = stock["results"][task]
+        results = {column.name: result(column, values[column.key], logged[column.name]) for column in columns}
+    except UnreadableScore as error:
+        raise ResultError(files[0], str(error)) from None
+    except ODD as error:
+        problem = f"not a whole lmms-eval result of {task} ({type(error).__name__}: {error})"
+        raise ResultError(files[0], problem) from None
+    return Evaluation(task, version if isinstance(version, int | float) else str(version), recorded, results, asked)
 
 
-def per_sample(metric, logged):
-    """The rows of a column, logged {unit: what lmms-eval logs of the metric}, as (units, value): {stratum: [n]} both,
-    such that the metric is the sum over the strata of the mean of value. (None, None) if that cannot be had."""
-    strata = defaultdict(dict)
+def read_record(path: Path) -> str | None:
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except FileNotFoundError:
+        return None
+    except ODD as error:
+        raise ResultError(path, f"does not name a checkpoint ({type(error).__name__}: {error})") from None
+
+
+class UnreadableScore(Exception):
+    pass
+
+
+def result(column: Column, value: Any, logged: Mapping[Hashable, Any]) -> Result:
+    """value: what results[TASK][column.key] is; logged: {unit: what lmms-eval logs of the metric}."""
+    score = column.scale * float(value[column.field] if column.field else value)
+    if not math.isfinite(score) or not logged:
+        raise UnreadableScore(f"{column.key} is {score} over {len(logged)} samples")
+    strata = per_sample(column.metric, logged)
+    if not all(strata.values()):
+        return Result(score, len(logged), None, None)
+    ordered = {stratum: dict(sorted(rows.items())) for stratum, rows in sorted(strata.items())}
+    scaled = {stratum: column.scale * np.array([*rows.values()], dtype=float) for stratum, rows in ordered.items()}
+    if not abs(sum(v.mean() for v in scaled.values()) - score) <= ROUNDING:  # NaN is never within
+        if column.metric != "gpt_eval_score":
+            raise UnreadableScore(f"its {column.key} {score} is not the mean of its samples")
+        return Result(score, len(logged), None, None)  # a judge was asked, and lmms-eval does not log what it said
+    return Result(score, len(logged), {stratum: [*rows] for stratum, rows in ordered.items()}, scaled)
+
+
+def per_sample(metric: str, logged: Mapping[Hashable, Any]) -> dict[str, dict[Any, float]]:
+    """The rows of a column as {stratum: {unit: value}}, such that the metric is the sum over the strata of the mean of
+    value. An empty stratum: that cannot be had."""
+    strata: dict[str, dict[Any, float]] = defaultdict(dict)
     match metric:
         case "seed_image":
             for unit, row in logged.items():
@@ -120,24 +215,22 @@ def per_sample(metric, logged):
                 hits[int(row["index"]) % 10**6].append(rules.prefetch_answer(dict(row)) == row["answer"])
             strata[""] = {question: 100.0 * all(hit) for question, hit in hits.items()}
         case "refcoco_CIDEr":
-            strata[""] = dict(zip(logged, cider(list(logged.values())), strict=True)) if can_cider() else None
+            strata[""] = dict(zip(logged, cider(list(logged.values())), strict=True)) if can_cider() else {}
         case _:
             strata[""] = {unit: float(value) for unit, value in logged.items()}
-    if not all(strata.values()):
-        return None, None
-    ordered = {stratum: dict(sorted(values.items())) for stratum, values in sorted(strata.items())}
-    return {s: list(v) for s, v in ordered.items()}, {s: list(v.values()) for s, v in ordered.items()}
+    return dict(strata)
 
 
-def can_cider():
+def can_cider() -> bool:
     return bool(importlib.util.find_spec("pycocoevalcap") and shutil.which("java"))  # its tokenizer is a Java program
 
 
-def cider(rows):
+def cider(rows: list[Any]) -> list[float]:
     """CIDEr of each caption. Document frequencies are the references', so the same for every model."""
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     tokenize = PTBTokenizer().tokenize
     references = tokenize({i: [{"caption": text} for text in row["answer"]] for i, row in enumerate(rows)})
-    return Cider().compute_score(references, tokenize({i: [{"caption": r["pred"]}] for i, r in enumerate(rows)}))[1]
+    scores = Cider().compute_score(references, tokenize({i: [{"caption": r["pred"]}] for i, r in enumerate(rows)}))[1]
+    return [float(score) for score in scores]

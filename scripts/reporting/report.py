@@ -28,7 +28,7 @@ from markdown import markdown
 from scipy import stats
 
 from scripts import config
-from scripts.evaluation.results import load_columns, load_task, refuse
+from scripts.evaluation.results import ResultError, load_columns, read
 from scripts.reporting import figures
 
 PAPER = tomllib.loads((Path(__file__).parent / "paper.toml").read_text())
@@ -36,6 +36,10 @@ RESAMPLES = 10_000
 SEES, DIFFERS = 0.01, 0.05  # p below which the baseline is said to see, and two variants to differ
 STAGES = {"stage 1": "-pretrain", "stage 2": "-finetune"}
 TERMS = ("ce", "ce_swapped", "vista_mean", "vista_sum", "vista_cosine")
+
+
+def refuse(path, problem, remedy):
+    raise ResultError(path, problem, remedy)
 
 
 # Statistics
@@ -179,6 +183,7 @@ def load_run(run, variants):
     """seeds, variants (baseline first), columns, blind (tasks that have one); results[name, column][seed],
     logs[seed, name, stage], probes[seed, name], usual_answers[question]; missing, a sentence each."""
     r = SimpleNamespace(variants=variants, results=defaultdict(dict), logs={}, probes={}, missing=[], usual_answers={})
+    r.evaluations = {}
     r.seeds = sorted(
         {p.parts[-3] for name in variants for p in run.glob(f"seed*/eval/{name}")}, key=lambda s: int(s[4:])
     )
@@ -190,10 +195,15 @@ def load_run(run, variants):
     units = {}
     for (seed, name), folders in found.items():
         for folder in folders:
-            for column, result in load_task(folder, load_columns({folder.name})).items():
+            evaluation = read(folder, folder.name)
+            r.evaluations[seed, name, folder.name] = evaluation
+            for column, result in evaluation.results.items():
                 r.results[name, column][seed] = result
                 if result.units and result.units != units.setdefault(column.removesuffix("_blind"), result.units):
                     refuse(folder, "answers other questions than the others", "Run scripts/eval.sh again.")
+        if len({e.checkpoint for (s, n, _), e in r.evaluations.items() if (s, n) == (seed, name)} - {None}) > 1:
+            folder = run / seed / "eval" / name
+            refuse(folder, "its tasks are of different checkpoints", "Run scripts/eval.sh again.")
         if not folders:
             r.missing.append(f"{name}, {seed}: not evaluated")
             continue
@@ -253,7 +263,7 @@ def cell(run, name, column):
         "stderr": stderr if stderr is None or np.isfinite(stderr) else None,
         "per_seed": per_seed,
         "seed_sd": sd(per_seed),
-        "version": one.version,
+        "version": next(e.version for (_, n, t), e in run.evaluations.items() if (n, t) == (name, column.task)),
     }
     if name in PAPER and column.table:
         order = [c.name for c in load_columns() if c.table == column.table]
@@ -320,7 +330,8 @@ def sight(run):
         if None in results:
             continue
         (true,), (blank,) = (result.value.values() for result in results)
-        asked = [results[0].asked[unit] for unit in results[0].units[""]]
+        questions = run.evaluations[seed, run.variants[0], task].asked
+        asked = [questions[unit] for unit in results[0].units[""]]
         frequent = np.array([100.0 * (run.usual_answers.get(question) == answer) for question, answer in asked])
         row = {"task": task, "seed": seed, "n": len(true), "baseline": float(true.mean())}
         row |= {"blank_image": float(blank.mean()), "most_frequent": float(frequent.mean())}
@@ -429,6 +440,13 @@ def ci(pair, spec="+.2f"):
 
 
 def main(folder):
+    try:
+        write(folder)
+    except ResultError as error:
+        sys.exit(f"report.py: {error}")
+
+
+def write(folder):
     if not folder.is_dir():
         refuse(folder, "is not a folder", "Give the run's folder, such as results/tiny.")
     (runs, absent), groups = load_runs(folder), {}
@@ -446,7 +464,7 @@ def main(folder):
         groups[baseline] = group | {"verdicts": verdicts(group)}
         missing += run.missing
         groups[baseline]["figures"] = figures.draw(run, group, folder / "figures" / baseline)
-    columns = {c.name: vars(c) for run in runs.values() for c in run.columns}
+    columns = {c.name: dict(vars(c)) for run in runs.values() for c in run.columns}
     for name, column in columns.items():
         cells = [cell for group in groups.values() for cells in group["table"].values() if (cell := cells.get(name))]
         column |= {"ns": sorted({cell["n"] for cell in cells}), "version": cells[0]["version"] if cells else None}
