@@ -16,7 +16,7 @@ from PIL import Image
 
 from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
 from scripts.reporting import report
-from tests.helpers import ROOT, VARIANTS, N, make_run
+from tests.helpers import ROOT, VARIANTS, N, make_run, write_task
 
 
 @pytest.fixture
