@@ -326,7 +326,7 @@ def exercise(root, name, generation, vision_tower):
 
     import vista_patch
     from tests.helpers import IMAGE, PATCHES, ROWS, batch, gradients, reference
-    from vista_patch.model import _decoder
+    from vista_patch.observe import locate
 
     module, missing = load(root, name.partition(":")[0])
     cls = getattr(module, name.partition(":")[2])
@@ -349,7 +349,7 @@ def exercise(root, name, generation, vision_tower):
         def see(_, args, kwargs, output):
             seen[:] = [(kwargs["inputs_embeds"], output[0])] if torch.is_grad_enabled() else seen
 
-        hook = _decoder(model).register_forward_hook(see, with_kwargs=True)
+        hook = locate(model)[1].register_forward_hook(see, with_kwargs=True)
         torch.manual_seed(1)
         out = forward(**given, **more)
         hook.remove()

@@ -115,22 +115,38 @@ def test_patch_refuses_what_it_does_not_know(plain):
         vista_patch.patch(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="choose from"):
         vista_patch.patch(plain, "L2")
-    plain.forward = plain.forward
-    with pytest.raises(TypeError, match="has a forward of its own"):
-        vista_patch.patch(plain)
+
+
+def test_a_forward_of_the_instance_is_patched_and_given_back(plain):
+    """As Liger and accelerate set it."""
+    own, inputs = plain.forward, batch()
+    with vista_patch.patch(plain):
+        term = plain(**inputs).loss
+    plain.forward = own
+    with vista_patch.patch(plain):
+        assert torch.equal(plain(**inputs).loss, term)
+    assert plain.forward == own and not torch.equal(plain(**inputs).loss, term)
+
+
+def test_a_forward_that_is_replaced_after_patching_raises(plain):
+    inputs = batch()
+    vista_patch.patch(plain)
+    plain.forward = lambda **given: type(plain).forward.__wrapped__(plain, **given)
+    loss = plain(**inputs).loss
+    with pytest.raises(RuntimeError, match=r"trained without its term: its forward is not the patched one .*<lambda>"):
+        loss.backward()
+    with pytest.raises(RuntimeError, match="trained without its term"):
+        vista_metrics(plain)
 
 
 def test_a_forward_that_calls_a_decorated_one_adds_the_term_once(make_model):
     model = make_model({"metric": "l2"})
     once, cls = model(**batch()).loss, type(model)
-    splice, source = "prepare_inputs_labels_for_multimodal", cls.forward.__wrapped__
 
     class Sub(cls):
-        forward = vista_patch.model.add_vista(
-            lambda self, labels=None, **given: cls.forward(self, labels=labels, **given),
-            splice,
-            vista_patch.model._splice_call(source)[1],
-        )
+        @vista_patch.vista_forward
+        def forward(self, labels=None, **given):
+            return cls.forward(self, labels=labels, **given)
 
     model.__class__ = Sub
     assert torch.equal(model(**batch()).loss, once)

@@ -3,9 +3,10 @@
 import importlib
 
 _HOME = {
+    "attach": "train",
     "VistaConfig": "config",
     "VistaLoss": "loss",
-    "patch": "live",
+    "patch": "model",
     "vista_arguments": "train",
     "vista_forward": "model",
     "vista_loss": "loss",

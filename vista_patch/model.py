@@ -1,102 +1,120 @@
-"""VISTA in a LLaVA-style `forward`: a decorator, and the figures that it keeps for the log."""
+"""VISTA in a model's forward: in the source by a decorator, on a model in memory by `patch`; and its figures."""
 
-import ast
 import functools
 import inspect
-import linecache
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
-from .config import VistaConfig
-from .loss import VistaLoss, vista_loss
+from .config import FLAGS, VistaConfig, nearest
+from .loss import VistaLoss
+from .observe import MEND, Step, bind, bypassed, locate, observe, observed, read
 
-# LLaVA's and its forks', which may append to the name; transformers' before 4.46.
-SPLICES = ("prepare_inputs_labels_for_multimodal", "_merge_input_ids_with_image_features")
-_SUMS = "_vista_sums"
-_STEP = "_vista_step"  # while a forward is observed: one of a base class that it calls is not observed again
 # The metric of --vista, from when a script has parsed it until its vista_setup. Without that it must not train.
-PARSED = []
+PARSED: list[str] = []
+_sums: "WeakKeyDictionary[nn.Module, Tensor]" = WeakKeyDictionary()
+_versions: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
+_watched: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 
 
-def vista_forward(forward):
-    """Decorates the `forward` of a class that splices images into text with `prepare_inputs_labels_for_multimodal`.
+def vista_forward(forward: Callable) -> Callable:
+    """Decorates the `forward` of a model that takes `input_ids`, `labels` and images, and returns a loss.
 
-    Adds `weight * vista_loss(...)` to the loss that `forward` returns, as `self.config.vista` says (VistaConfig).
-    Where that is off or absent, the weight is 0, or the call is no training step on labels and images, or returns
-    no loss (LLaVA-NeXT's DPO), what comes out is stock's. The splice and the decoder run as often as in stock.
+    Adds `weight * vista_loss(...)` to that loss, as `self.config.vista` says (VistaConfig). Where that is off or
+    absent, the weight is 0, the model is in eval mode, or there are no labels, what comes out is stock's.
+    `vista_patch.observe` says which positions are text and which are image.
 
-    Which positions are text: the splice moves `labels` along with the tokens, so it is given each token's index in
-    place of its label, and the labels are put back from what comes out. Truncation, padding on either side, several
-    images and text-only rows are right because the splice itself has done them.
-
-    Raises ValueError for settings it does not know, RuntimeError where the term could not be right: `forward` did
-    not go through the splice, or the decoder ran on other rows, shortened them, or ran twice for the gradient.
+    Raises ValueError for settings it does not know, TypeError where the model has no decoder to observe, RuntimeError
+    where the term could not be right. The backward pass raises RuntimeError where the model is trained on images by a
+    loss that lacks the term.
     """
-    return add_vista(forward, *_splice_call(forward))
-
-
-def add_vista(forward, splice: str | None = None, targets: tuple[str, ...] = ()):
-    """`vista_forward` for a splice of this name that unpacks into `targets`, or for none: see `_placeholders`."""
-    signature = inspect.signature(forward)
 
     @functools.wraps(forward)
-    def with_vista(self, *args, **kwargs):
-        given = signature.bind(self, *args, **kwargs).arguments
-        config, labels = _config(self), given.get("labels")
-        if PARSED and self.training and labels is not None:
-            raise RuntimeError(
-                f"VISTA: this script parsed --vista {PARSED[0]} but sets nothing up: call vista_patch.vista_setup("
-                "trainer, model_args) before training; `python -m vista_patch check` may tell why `apply` did not"
-            )
-        if not (config.active and self.training) or labels is None or _STEP in vars(self):
-            return forward(self, *args, **kwargs)
-        step = _placeholders(self, given)
-        spliced = _observe_splice(self, splice, targets, step) if splice else nullcontext()
-        with spliced, _observe_decoder(self, config, step):
-            output = forward(self, *args, **kwargs)
-        ce = output[0] if isinstance(output, tuple) else output.get("loss")  # ross's first value is another
-        if step.get("images") is False or ce is None or ce.numel() != 1:
-            return output
-        if "vista" not in step:
-            way = splice or "its placeholders"
-            raise RuntimeError(
-                f"VISTA: {type(self).__name__}.forward did not take what it was given through {way} to its decoder: "
-                "pass input_ids (not inputs_embeds), or set model.config.vista = {'metric': 'off'}"
-            )
-        # Newer transformers divide the sum over this micro-step's tokens by those of the whole optimizer step.
-        items, share = kwargs.get("num_items_in_batch"), 1.0
-        if items is not None:
-            share = (labels[:, 1:] != -100).sum() / items
-        vista = step["vista"]
-        _record(self, ce.detach() / share, vista, step["rows"])
-        total = ce + (config.weight * share * vista.loss).to(ce.dtype)
-        if isinstance(output, tuple):
-            return (total, *output[1:])
-        output["loss"] = total
-        return output
+    def with_vista(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, functools.partial(forward, self), args, kwargs)
 
-    with_vista.adds_vista = True  # vista_setup looks for it
+    with_vista.adds_vista = True  # type: ignore[attr-defined]
     return with_vista
 
 
-def vista_metrics(model: torch.nn.Module, where: str = "this call") -> dict[str, float]:
-    """Means over the micro-steps since the last call, and over ranks; empty where VISTA is off.
+def _run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+    config = _config(model)
+    if not model.training or not (PARSED or config.active):
+        return forward(*args, **kwargs)
+    given = bind(forward, args, kwargs)
+    labels = given.get("labels")
+    if PARSED and labels is not None:
+        raise RuntimeError(
+            f"VISTA: this script parsed --vista {PARSED[0]} but sets nothing up: call vista_patch.vista_setup("
+            "trainer, model_args) before training; `python -m vista_patch check` may tell why `apply` did not"
+        )
+    if not config.active or observed(model):
+        return forward(*args, **kwargs)
+    with observe(model, config, given, adds=labels is not None) as step:
+        output = forward(*args, **kwargs)
+    ce = output[0] if isinstance(output, tuple) else output.get("loss")  # ross's first value is another
+    if labels is None or ce is None or ce.numel() != 1:
+        return output
+    # Newer transformers divide the sum over this micro-step's tokens by those of the whole optimizer step.
+    items = given.get("num_items_in_batch")
+    total = add(step, ce, 1.0 if items is None else (labels[:, 1:] != -100).sum() / items)
+    if isinstance(output, tuple):
+        return (total, *output[1:])
+    output["loss"] = total
+    return output
+
+
+def add(step: Step, ce: Tensor, share: float | Tensor) -> Tensor:
+    """`ce` and this step's term, weighted; `share` is the part of an optimizer step's loss that this step gives."""
+    vista = step.term(ce)
+    alone = ce.detach() / share if isinstance(share, float) else torch.where(share > 0, ce.detach() / share, 0.0)
+    record(step.model, alone, vista, len(step.given["input_ids"]))
+    return ce if vista is None else ce + (step.config.weight * share * vista.loss).to(ce.dtype)
+
+
+def record(model: nn.Module, ce: Tensor, vista: VistaLoss | None, samples: int) -> None:
+    """Adds a micro-step to the model's running sums, on the device."""
+    sums = _sums.setdefault(model, torch.zeros(7, device=ce.device))
+    zero = torch.zeros((), device=ce.device)
+    loss, cosine, share = (zero, zero, zero) if vista is None else (value.detach() for value in vista)
+    finite = torch.isfinite(ce + loss) & (sums[0] == sums[1])  # and no earlier one was not
+    applied = share * samples
+    row = (sums.new_ones(()), finite, ce, loss, cosine * applied, applied, sums.new_tensor(samples))
+    sums += torch.stack([value.to(sums.dtype) for value in row])
+
+
+def vista_metrics(model: nn.Module, where: str = "this call") -> dict[str, float]:
+    """Means over the micro-steps since the last call, and over ranks; empty where VISTA is off or nothing has run.
 
     loss_ce; loss_vista (unweighted); vista_cosine, of text tokens to s; vista_share, of samples the term applied to.
     It waits for the device, and nothing else here does: call it at logging steps, on every rank alike.
-    Raises FloatingPointError, naming the term and the first micro-step before `where` that was not finite.
+    Raises FloatingPointError, naming the term and the first micro-step before `where` that was not finite, and
+    RuntimeError where the model has trained since the last call without the term.
     """
-    if not _config(model).active:
+    holder = next((m for m in model.modules() if getattr(getattr(m, "config", None), "vista", None)), None)
+    if holder is None or not _config(holder).active:
         return {}
-    holder = next((m for m in model.modules() if _SUMS in m.__dict__), None)
-    sums = holder.__dict__.pop(_SUMS) if holder else torch.zeros(7, device=next(model.parameters()).device)
+    sums = next((_sums.pop(m) for m in model.modules() if m in _sums), None)
+    if sums is None:
+        sums = torch.zeros(7, device=next(model.parameters()).device)
+    read(holder, [], wait=True)
     finite = sums[1].clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     steps, _, ce, vista, cosine, applied, samples = sums.tolist()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    version = sum(p._version for p in trained)
+    before = _versions.get(holder)
+    _versions[holder] = version
     if steps == 0:
+        changed = version != before if before is not None else any(p.grad is not None for p in trained)
+        why = bypassed.pop(holder, f"no step went through what adds it ({whose(holder)})" if changed else None)
+        if why:
+            raise RuntimeError(f"VISTA: {type(holder).__name__} was trained without its term: {why}. {MEND}")
         return {}
     bad = [name for name, value in (("loss_ce", ce), ("loss_vista", vista)) if value - value != 0]
     if bad:
@@ -114,149 +132,121 @@ def vista_metrics(model: torch.nn.Module, where: str = "this call") -> dict[str,
     }
 
 
-def _config(model) -> VistaConfig:
-    return VistaConfig.from_dict(getattr(model.config, "vista", None) or {})
+def patch(model: nn.Module, metric: str = "l2", **settings: Any) -> "Patch":
+    """Makes `model`, or the model inside of it (PEFT, DDP), add the VISTA term to its loss in training mode.
 
+    `settings` are VistaConfig's others: reduction, ramp, weight, detach_text. The class's forward is decorated with
+    `vista_forward`; another instance of it runs as before, for want of a config.vista. What the log needs is in
+    `vista_metrics(model)`. For a trainer, `vista_patch.attach(trainer)` is the better way: there the term is added
+    whoever computes the loss, and does not depend on how a batch is split.
 
-def _record(model, ce: torch.Tensor, vista: VistaLoss, samples: int) -> None:
-    """Adds a micro-step to the model's running sums, on the device."""
-    sums = model.__dict__.setdefault(_SUMS, torch.zeros(7, device=ce.device))
-    finite = torch.isfinite(ce + vista.loss.detach()) & (sums[0] == sums[1])  # and no earlier one was not
-    applied = vista.share * samples
-    row = (
-        sums.new_ones(()),
-        finite,
-        ce,
-        vista.loss.detach(),
-        vista.cosine * applied,
-        applied,
-        sums.new_tensor(samples),
-    )
-    sums += torch.stack([value.to(sums.dtype) for value in row])
-
-
-def _placeholders(model, given) -> dict:
-    """transformers' LLaVA since 4.46 has one placeholder per image token in its input_ids: nothing moves."""
-    ids, mask = given.get("input_ids"), given.get("attention_mask")
-    placeholder = getattr(model.config, "image_token_index", getattr(model.config, "image_token_id", None))
-    if ids is None or placeholder is None:
-        return {}
-    image, real = ids == placeholder, torch.ones_like(ids) if mask is None else mask
-    return {"text": ~image & real.bool(), "image": image}
-
-
-def _decoder(model) -> torch.nn.Module:
-    """The module that takes inputs_embeds to the last hidden states, without the head."""
-    for name in ("get_model", "get_decoder", "model", "language_model", "transformer"):
-        found = getattr(model, name, None)
-        found = found() if name.startswith("get_") and found else found
-        if isinstance(found, torch.nn.Module) and found is not model:
-            return getattr(found, "base_model", found)  # transformers' name for what a head stands on
-    raise TypeError(f"VISTA: {type(model).__name__} has its decoder under no name that VISTA knows, like get_model()")
-
-
-@contextmanager
-def _observe_splice(model, name, targets, step):
-    """For one forward: calls the splice with token indices for labels and notes which output positions are text."""
-    splice = getattr(model, name)
-    signature = inspect.signature(splice)
-
-    def observed(*args, **kwargs):
-        call = signature.bind(*args, **kwargs)
-        ids, mask, labels = (call.arguments.get(key) for key in ("input_ids", "attention_mask", "labels"))
-        call.arguments["labels"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids).contiguous()
-        # A mask always goes in, since only a mask tells padding from image tokens in what comes out.
-        call.arguments["attention_mask"] = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        real = call.arguments["attention_mask"].bool().clone()  # some splices overwrite what they are given
-        out = list(splice(*call.args, **call.kwargs))
-        if len(out) != len(targets):
-            raise RuntimeError(f"VISTA: {name} returned {len(out)} values where forward unpacks {len(targets)}")
-        at = {target: i for i, target in enumerate(targets)}
-        index, out_mask = out[at["labels"]], out[at["attention_mask"]].bool()
-        placed, source = index >= 0, index.clamp(min=0)
-        step.clear()
-        step["images"] = out[at["inputs_embeds"]] is not None
-        if step["images"]:
-            # Generation A lengthens the mask without looking where the images are, so with padding on the left it
-            # has zeros on real tokens. What is padded before its first or after its last one is so everywhere.
-            inside = (out_mask.cumsum(1) > 0) & (out_mask.flip(1).cumsum(1).flip(1) > 0)
-            step["text"], step["image"] = placed & real.gather(1, source), inside & ~placed
-        out[at["labels"]] = torch.where(placed, labels.gather(1, source), index)
-        out[at["attention_mask"]] = None if mask is None else out[at["attention_mask"]]
-        return tuple(out)
-
-    setattr(model, name, observed)
-    try:
-        yield
-    finally:
-        delattr(model, name)
-
-
-@contextmanager
-def _observe_decoder(model, config, step):
-    """For one forward: computes the term as soon as the decoder returns.
-
-    Here, and not after the loss: autograd frees the logits first then, and the term's gradient adds nothing to the
-    peak memory. Of several runs it is the one with the gradient that counts (CAL's other one has no images).
+    Raises ValueError on a setting that is none of the choices, TypeError where no module here takes labels and has a
+    decoder that takes embeddings.
     """
-    gradient = torch.is_grad_enabled()
+    return Patch(model, configured(metric, settings))
 
-    def compute(module, args, kwargs, output):
-        if "text" not in step or torch.is_grad_enabled() != gradient:
-            return
-        x, name = kwargs.get("inputs_embeds"), type(module).__name__
-        h = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
-        if "vista" in step:
-            raise RuntimeError(f"VISTA: {name} ran more than once in a step, so which run is meant is not known")
-        if x is None or not x.shape[:2] == h.shape[:2] == step["text"].shape:
-            shapes = [tuple(t.shape[:2]) for t in (step["text"], x, h) if t is not None]
-            raise RuntimeError(
-                f"VISTA: {name} did not get or return the rows that were spliced (shapes {shapes}): tokens are packed "
-                "or dropped on the way, so the term has no place; set model.config.vista = {'metric': 'off'}"
-            )
-        step["rows"] = len(x)
-        step["vista"] = vista_loss(
-            x,
-            h,
-            step["text"],
-            step["image"],
-            metric=config.metric,
-            reduction=config.reduction,
-            ramp=config.ramp,
-            detach_text=config.detach_text,
+
+def configured(metric: str, settings: dict[str, Any]) -> VistaConfig:
+    for key in settings:
+        if key not in FLAGS.values():
+            raise ValueError(f"VISTA has no setting {key!r}: {nearest(key, FLAGS)}")
+    return VistaConfig(metric, **settings)  # type: ignore[arg-type]
+
+
+class Patch:
+    """What `patch` has done to `model`. `undo` may be called twice."""
+
+    def __init__(self, model: nn.Module, config: VistaConfig):
+        self.model = find(model)
+        decoder = locate(self.model)[1]
+        # An own forward of this instance hides the class's, whose base may hold the one that takes labels.
+        own = "forward" in vars(self.model)
+        self.owner: Any = (
+            self.model if own else next(c for c in type(self.model).__mro__ if _takes_labels(vars(c).get("forward")))
         )
+        forward = self.owner.forward
+        if not hasattr(forward, "adds_vista"):
+            added = _bound(self.model, forward) if own else vista_forward(forward)
+            added.patches = 0  # type: ignore[attr-defined]
+            self.owner.forward = added
+        if hasattr(self.owner.forward, "patches"):  # else it is in the source
+            self.owner.forward.patches += 1
+        self.watch = decoder.register_forward_hook(_watch, with_kwargs=True)
+        _watched[decoder] = self.model
+        self.vista = vars(self.model.config).get("vista")
+        self.model.config.vista = config.to_dict()
+        self.done = True
 
-    hook = _decoder(model).register_forward_hook(compute, with_kwargs=True)
-    vars(model)[_STEP] = step
-    try:
-        yield
-    finally:
-        del vars(model)[_STEP]
-        hook.remove()
+    def undo(self) -> None:
+        """Gives back the forward as it was, once no other patch needs it, and the config."""
+        if not self.done:
+            return
+        self.done, forward = False, vars(self.owner).get("forward")
+        self.watch.remove()
+        if hasattr(forward, "patches"):
+            forward.patches -= 1
+            if forward.patches == 0:
+                self.owner.forward = forward.__wrapped__
+        del self.model.config.vista
+        if self.vista is not None:
+            self.model.config.vista = self.vista
+        _sums.pop(self.model, None)
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
 
 
-def _splice_call(forward) -> tuple[str, tuple[str, ...]]:
-    """The splice's name and the names that `forward` unpacks its return into, read from the source of `forward`.
+def find(model: nn.Module) -> nn.Module:
+    """The outermost module that has a config, labels among its inputs, and a decoder. Raises TypeError."""
+    for module in model.modules():
+        if hasattr(type(module), "get_input_embeddings") and hasattr(module, "config"):
+            forwards = [module.forward, *(vars(c).get("forward") for c in type(module).__mro__)]
+            if any(_takes_labels(forward) for forward in forwards):
+                if getattr(module.config, "is_encoder_decoder", False):
+                    raise TypeError(
+                        f"VISTA: {type(module).__name__} has an encoder and a decoder: there is no S_n in it"
+                    )
+                locate(module)
+                return module
+    raise TypeError(
+        f"VISTA: no module of {type(model).__name__} takes labels and has get_input_embeddings(): there is no known "
+        "place for the term"
+    )
 
-    Raises TypeError where there is no such assignment, or it lacks one of the names that the term needs.
-    """
-    code = forward.__code__
-    where = f"{code.co_filename}:{code.co_firstlineno}"
-    module = ast.parse("".join(linecache.getlines(code.co_filename)))
-    for function in ast.walk(module):
-        if isinstance(function, ast.FunctionDef) and function.name == forward.__name__:
-            first = min([function.lineno, *(d.lineno for d in function.decorator_list)])
-            if first == code.co_firstlineno:
-                break
-    else:
-        raise TypeError(f"VISTA: no source for {forward.__qualname__} at {where}: decorate the function in its file")
-    for node in ast.walk(function):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-            name = getattr(node.value.func, "attr", "")
-            if name.startswith(SPLICES) and isinstance(node.targets[0], ast.Tuple):
-                targets = tuple(getattr(target, "id", "") for target in node.targets[0].elts)
-                missing = {"attention_mask", "inputs_embeds", "labels"} - set(targets)
-                if missing:
-                    raise TypeError(f"VISTA: {where} does not unpack {', '.join(sorted(missing))} from {name}")
-                return name, targets
-    raise TypeError(f"VISTA: {where} does not assign the values of {SPLICES[0]}(...) to names")
+
+def _takes_labels(forward: Callable | None) -> bool:
+    return forward is not None and "labels" in inspect.signature(forward).parameters
+
+
+def _bound(model: nn.Module, forward: Callable) -> Callable:
+    @functools.wraps(forward)
+    def with_vista(*args: Any, **kwargs: Any) -> Any:
+        return _run(model, forward, args, kwargs)
+
+    with_vista.adds_vista = True  # type: ignore[attr-defined]
+    return with_vista
+
+
+def _watch(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Of a patched model: whoever runs its decoder in training runs it by the forward that adds the term."""
+    model = _watched.get(decoder)
+    if model is None or not (decoder.training and torch.is_grad_enabled()) or observed(model):
+        return
+    config = _config(model)
+    if config.active and kwargs.get("inputs_embeds") is not None:
+        step = Step(model, config, {"images": kwargs["inputs_embeds"]}, adds=True)
+        step.why = f"its forward is not the patched one any more ({whose(model)})"
+        step.guard(output[0] if isinstance(output, tuple) else output["last_hidden_state"])
+
+
+def whose(model: nn.Module) -> str:
+    """The forward that a call of the model runs now, by its full name."""
+    forward = inspect.unwrap(model.forward)
+    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', forward)}"
+
+
+def _config(model: nn.Module) -> VistaConfig:
+    return VistaConfig.from_dict(getattr(model.config, "vista", None) or {})

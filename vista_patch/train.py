@@ -1,10 +1,18 @@
 """VISTA in a LLaVA-style train.py: its flags, and its figures in the trainer's log."""
 
+import functools
+import inspect
+import logging
 import math
 from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+from typing import Any
 
 from .config import FLAGS, VistaConfig
-from .model import PARSED, vista_metrics
+from .model import PARSED, _config, add, configured, find, vista_metrics, whose
+from .observe import observe
+
+logger = logging.getLogger(__name__)
 
 
 def vista_arguments(arguments: type) -> type:
@@ -25,32 +33,115 @@ def vista_arguments(arguments: type) -> type:
     return extended
 
 
-def vista_setup(trainer, arguments) -> None:
-    """Writes the parsed flags to `trainer.model.config.vista` and adds `vista_metrics` to what `trainer` logs.
+def vista_setup(trainer: Any, arguments: Any) -> None:
+    """`attach` with the settings that a train script parsed (`vista_arguments` adds their flags).
 
-    A loss that is not finite stops the run at the log, with VISTA off too (give --logging_nan_inf_filter False:
-    transformers otherwise shows it as 0).
+    With VISTA off, what `trainer` does is stock's, but for this: a loss that is not finite stops the run at the log
+    (give --logging_nan_inf_filter False: transformers otherwise shows it as 0).
 
     Call it between making a transformers.Trainer and `train()`. Raises ValueError on a setting out of range, TypeError
-    where VISTA is on and no module of the model has a forward that adds it.
+    where VISTA is on and the model has no place for its term.
     """
     PARSED.clear()
     config = VistaConfig.from_arguments(arguments)
-    classes = {cls for module in trainer.model.modules() for cls in type(module).__mro__}
-    if config.active and not any(hasattr(vars(cls).get("forward"), "adds_vista") for cls in classes):
+    try:
+        Attachment(trainer, config)
+    except TypeError as error:
         raise TypeError(
             f"--vista {config.metric}: the forward of {type(trainer.model).__name__} does not add it; run "
-            "`python -m vista_patch check` on this LLaVA, or train with --vista off"
-        )
-    trainer.model.config.vista = config.to_dict()
-    stock_log = trainer.log
+            f"`python -m vista_patch check` on this LLaVA, or train with --vista off ({error})"
+        ) from None
 
-    def log(logs, *args, **kwargs):
+
+def attach(trainer: Any, metric: str = "l2", **settings: Any) -> "Attachment":
+    """Makes `trainer`, a transformers.Trainer or a subclass, train its model with the VISTA term.
+
+    Whoever computes the cross-entropy (the model, label smoothing, `compute_loss_func`, a fused kernel, the trainer
+    itself), weight * term is added to what `trainer.compute_loss` returns in training. `trainer.log` gets loss_ce,
+    loss_vista, vista_cosine and vista_share, `model.config.vista` the settings, also in an adapter's folder.
+
+    The term of an optimizer step is the mean over its micro-steps of the mean over their samples with an image, however
+    the trainer scales its own loss. So with equally many such samples a micro-step, only the batch as a whole counts.
+
+    `settings` are VistaConfig's others: reduction, ramp, weight, detach_text. Call it between making the trainer and
+    `train()`. Raises ValueError on a wrong setting, TypeError where the model has no place for the term.
+    """
+    return Attachment(trainer, configured(metric, settings))
+
+
+class Attachment:
+    """What `attach` has done to a trainer; `undo` takes it back."""
+
+    def __init__(self, trainer: Any, config: VistaConfig):
+        self.trainer, self.config = trainer, config
+        self.model = find(trainer.model) if config.active else trainer.model
+        self.before = vars(self.model.config).get("vista") if hasattr(self.model, "config") else None
+        self.model.config.vista = config.to_dict()
+        self.stock = {
+            name: getattr(trainer, name) for name in ("compute_loss", "log", "save_model") if hasattr(trainer, name)
+        }
+        for name, stock in self.stock.items():
+            if config.active or name == "log":
+                setattr(trainer, name, functools.update_wrapper(functools.partial(getattr(self, name)), stock))
+        if config.active and self.undivided(1) and trainer.args.gradient_accumulation_steps > 1:
+            names = inspect.unwrap(self.model.forward).__code__.co_names
+            if "CrossEntropyLoss" in names and "loss_function" not in names:
+                logger.warning(
+                    "VISTA: this release of transformers adds up the cross-entropy of %s's micro-steps where it should "
+                    "take their mean: it is gradient_accumulation_steps = %d times too large, with VISTA and without. "
+                    "The VISTA term is a mean. A newer release of transformers is right.",
+                    type(self.model).__name__,
+                    trainer.args.gradient_accumulation_steps,
+                )
+
+    def undo(self) -> None:
+        for name in self.stock:
+            vars(self.trainer).pop(name, None)
+        self.model.config.vista = self.before
+        if self.before is None:
+            del self.model.config.vista
+
+    def undivided(self, items: Any) -> bool:
+        """Whether the trainer takes the sum of its micro-steps' losses, where it gives a loss the step's `items`."""
+        trainer = self.trainer
+        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+        if scaled is not None:
+            return scaled
+        given = items is not None and getattr(trainer, "model_accepts_loss_kwargs", False)
+        return given or getattr(trainer, "compute_loss_func", None) is not None
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        stock = self.stock["compute_loss"]
+        if not model.training or not _config(self.model).active:
+            return stock(model, inputs, *args, **kwargs)
+        with observe(self.model, self.config, inputs) as step:
+            result = stock(model, inputs, *args, **kwargs)
+        given = inspect.signature(stock).bind(model, inputs, *args, **kwargs).arguments
+        share = 1.0
+        if self.undivided(given.get("num_items_in_batch")):
+            steps = self.trainer.args.gradient_accumulation_steps
+            share = 1.0 / getattr(self.trainer, "current_gradient_accumulation_steps", steps)
+        if isinstance(result, tuple):
+            return (add(step, result[0], share), *result[1:])
+        return add(step, result, share)
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "loss" in logs:
-            step = f"step {trainer.state.global_step}"
-            logs = {**logs, **vista_metrics(trainer.model, where=step)}
+            step = f"step {self.trainer.state.global_step}"
+            figures = vista_metrics(self.trainer.model, where=step)
+            if self.config.active and not figures:
+                raise RuntimeError(
+                    f"VISTA: no step before {step} went through {type(self.trainer).__name__}.compute_loss, which adds "
+                    f"the term: {whose(self.model)} ran by another way"
+                )
+            logs = {**logs, **figures}
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"loss is {logs['loss']} at {step}: nothing was skipped or reset")
-        return stock_log(logs, *args, **kwargs)
+        return self.stock["log"](logs, *args, **kwargs)
 
-    trainer.log = log
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> Any:
+        result = self.stock["save_model"](output_dir, *args, **kwargs)
+        folder = Path(output_dir or self.trainer.args.output_dir)
+        if self.trainer.args.should_save and (folder / "adapter_config.json").exists():
+            self.model.config.save_pretrained(folder)  # which an adapter's own save leaves out
+        return result
