@@ -1,10 +1,13 @@
-# The two commands of the README, and what keeps them honest.
-.PHONY: reproduce setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
+# README's two commands, and what keeps them honest. `make` alone prints the targets.
+.PHONY: help reproduce setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
+
+help:
+	@sed -n 's/^\([a-z-]*\):[a-z ]*## \(.*\)/make \1 \t\2/p' Makefile | expand -t 24
 
 reproduce:                ## set up everything and run the miniature (13 to 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
 
-setup:
+setup:                    ## make .venv, clone stock LLaVA, patch it
 	scripts/setup/doctor.sh tiny
 	scripts/setup/env.sh
 	scripts/setup/upstream.sh
@@ -31,13 +34,13 @@ test-docker: setup        ## the image's cpu target, built and run (as root, on 
 image: setup              ## the image's target cuda, with your Docker engine
 	scripts/docker_build.sh cuda
 
-lint: setup
+lint: setup               ## check style, types and shell
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/shellcheck scripts/*.sh scripts/setup/*.sh scripts/training/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 
-lock:                     ## docker/locks/*.in -> *.txt
+lock:                     ## resolve docker/locks/*.in into the hash-locked *.txt
 	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10; do \
 	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
 	        -o docker/locks/$${name%:*}.txt; \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# A private Docker engine from Debian packages and a stand-in base image from Ubuntu's: for testing the image where there
-# is neither an engine nor a registry. Needs root, on Debian.
+# Tests of the image where there is no Docker engine and no registry: a private engine from Debian's packages, and a
+# stand-in for the base image from Ubuntu's packages. Needs root, on Debian.
 #
 #   ci/engine.sh start FOLDER      installs and starts the engine; prints its DOCKER_HOST
 #   ci/engine.sh base FOLDER       makes the image vista-kit:base of it: the real base's Ubuntu without CUDA
@@ -34,9 +34,9 @@ case $action in
             http://archive.ubuntu.com/ubuntu/pool/main/u/ubuntu-keyring/ubuntu-keyring_2021.03.26_all.deb
         echo "0d0e7ed6b112f5d03eabf3c7eb01ebdacf9c57714b279e90495cfc58c8c4520f  $work/keys.deb" | sha256sum --check --quiet
         dpkg-deb --extract "$work/keys.deb" "$work"
-        # What this machine has in the place of what it may not reach goes along: its CAs, a folder of wheels that pip
-        # knows of (torch's CPU build), local copies that git clones instead of an upstream, and a Python 3.11 that is not
-        # the system's (uv would take one from GitHub).
+        # This machine may not reach every host. What it has instead is copied into the base: its CAs, pip's folder of
+        # wheels (torch's CPU build), the local clones that git takes for an upstream, and its Python 3.11 where that is
+        # not the system's (uv would fetch one from GitHub).
         ca=/etc/host-ca.crt # installing Java writes ca-certificates.crt anew
         hooks=(--customize-hook="upload /etc/ssl/certs/ca-certificates.crt $ca")
         carry() { hooks+=(--customize-hook="mkdir -p \"\$1${1%/*}\"" --customize-hook="copy-in $1 ${1%/*}"); }

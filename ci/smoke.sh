@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# The smoke test that runs inside the image: baseline and VISTA (l2) of the miniature, data to evaluation, and whether
-# what came out is right (ci/smoke_checks.py); then the tests of the loss, the model and stock training on a CPU.
+# The smoke test of an image, run inside it. It takes the miniature's baseline and VISTA (l2) from data to evaluation and
+# checks what came out (ci/smoke_checks.py). Then it runs the tests of the loss, the model and stock training on a CPU.
 #
 #   ci/smoke.sh [BACKBONE]...      default: each that is in upstream/
 #
 # On a GPU the configs are *-tiny-gpu: bf16, flash-attn, gradient checkpointing, ZeRO-2 and then ZeRO-3, on the exact pins.
-# What was cut off continues. Results: results/smoke.xml (JUnit) and results/smoke.md (a page).
+# If interrupted, run it again: it continues. Results: results/smoke.xml (JUnit) and results/smoke.md (a page).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

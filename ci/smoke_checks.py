@@ -1,4 +1,7 @@
-"""What ci/smoke.sh's runs must show, per backbone; writes results/smoke.md, the summary. SMOKE names the baselines."""
+"""Checks what ci/smoke.sh's runs left, for each backbone, and writes the summary results/smoke.md.
+
+The variable SMOKE names the baselines, with spaces between.
+"""
 
 import json
 import os
@@ -63,8 +66,8 @@ class Smoke:
 
 @pytest.mark.parametrize("stage", ("pretrain", "finetune"))
 def test_the_cross_entropy_falls(smoke, stage):
-    """The last fifth of the steps against the first. A step's value hangs on whether its rows are text alone, so no
-    bound on a few of them would do."""
+    """The last fifth of the steps is compared with the first, by rank. A single step's value depends on how many of its
+    rows are text alone, so a bound on a few steps would not do."""
     for variant in smoke.variants:
         log = smoke.log(variant, stage)
         ce = [row.get("loss_ce", row["loss"]) for row in log]  # the baseline's loss is the cross-entropy

@@ -1,9 +1,9 @@
-"""What the term adds to a whole training step: off and l2 in turns, in one process, on the same batch of a checkpoint.
+"""Measures what the term adds to a whole training step. Off and l2 take turns in one process, on one batch.
 
-python ci/step_cost.py CHECKPOINT EVAL_DATA      in the environment, and with the PYTHONPATH, of scripts/probe.sh
+    python ci/step_cost.py CHECKPOINT EVAL_DATA
 
-Prints JSON: the device, medians of a forward and backward in ms, their paired overhead in %, and on a GPU each one's
-peak of allocated memory in MB.
+Run it in scripts/probe.sh's environment and with its PYTHONPATH. It prints JSON: the device; for off and l2 the median
+of a forward and backward in ms, and on a GPU the peak of allocated memory in MB; the paired overhead in %.
 """
 
 import json

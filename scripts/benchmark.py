@@ -2,11 +2,15 @@
 
     python -m scripts.benchmark [--write]        --write: into docs/performance.md, above what was written by hand
 
-Times are medians of rounds in which all candidates take turns in one process. Memory that is new to a process costs
-page faults, many times the arithmetic. Training reuses its memory; so does this process, by glibc's settings below
-(a GPU's allocator does it by itself). Takes the GPU if there is one, and skips shapes that do not fit into memory.
+Times are medians of rounds. In each round all candidates take turns in one process.
+
+Memory that is new to a process costs page faults, which take many times as long as the arithmetic. Training reuses its
+memory. So does this process, by glibc's settings below; a GPU's allocator does it by itself.
+
+It takes the GPU if there is one. It skips shapes that do not fit into memory.
 """
 
+import argparse
 import datetime
 import gc
 import os
@@ -25,7 +29,7 @@ from torch.utils.benchmark import Timer
 
 REUSE = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 if not REUSE.items() <= os.environ.items():
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | REUSE)
+    os.execve(sys.executable, [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:]], os.environ | REUSE)
 
 from vista_patch import vista_loss  # noqa: E402
 
@@ -302,8 +306,8 @@ def page():
 
 ## The loss alone
 
-Forward and backward of `vista_loss` in ms, and in brackets how many times as long as a copy takes for the same bytes:
-x read in each direction, and the gradients of x and of h written, whole, as autograd wants them. Medians of
+Forward and backward of `vista_loss` in ms. In brackets: how many times as long as a copy takes for the same bytes.
+These are x, read in each direction, and the gradients of x and of h, written whole, as autograd wants them. Medians of
 {ROUNDS} rounds.
 
 {swept}
@@ -330,11 +334,12 @@ round's pair, median and quartiles. The peak is that of all tensors that the ste
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([], ["--write"]):
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
     text = page()
     print(text)
-    if sys.argv[1:]:
+    if arguments.write:
         hand = PAGE.read_text().partition(HAND)[2] if PAGE.exists() else ""
         PAGE.parent.mkdir(exist_ok=True)
         PAGE.with_suffix(".partial").write_text(text + HAND + hand)
