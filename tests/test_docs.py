@@ -56,7 +56,7 @@ def test_every_relative_link_exists(page):
 
 
 def test_readmes_python_runs(make_model, tmp_path, capsys):
-    """Each block in ten lines at most, on a small LLaVA; both say what the term was."""
+    """Each block in ten lines at most, on a small LLaVA; each says what the term was."""
     from torch.optim import SGD
     from transformers import Trainer, TrainingArguments
 
@@ -79,7 +79,7 @@ def test_readmes_python_runs(make_model, tmp_path, capsys):
         assert len(block.splitlines()) <= 10
         exec(block, names | {"Trainer": Trainer, "arguments": arguments, "rows": rows})
         assert "'loss_vista': " in capsys.readouterr().out
-    assert len(blocks) == 1
+    assert len(blocks) == 2
 
 
 def test_make_alone_prints_the_targets():
