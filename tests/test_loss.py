@@ -7,6 +7,7 @@ import torch
 
 from tests.helpers import reference
 from vista_patch import vista_loss
+from vista_patch.config import CHOICES
 
 SETTINGS = list(itertools.product(("l2", "cosine"), ("mean", "sum"), ("t/m", "t", "one")))
 
@@ -106,6 +107,29 @@ def test_share_and_cosine_count_the_samples_that_have_image_and_text():
     assert result.share == pytest.approx(4 / 6)
     one = reference(x, h, text, image, "cosine", "mean", "one")
     torch.testing.assert_close(result.cosine, -one)
+
+
+@pytest.mark.parametrize("metric", ("l2", "cosine"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_the_compiled_loss_is_the_eager_one(metric, dtype):
+    """In one graph, forward and backward. aot_eager runs the same kernels, so every bit is the same."""
+    x, h, text, image = batch(dtype)
+    leaves = x.requires_grad_(), h.requires_grad_()
+
+    def loss(x, h):
+        return vista_loss(x, h, text, image, metric=metric).loss
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*leaves)
+    assert torch.equal(compiled, loss(*leaves))
+    grads = [torch.autograd.grad(value, leaves) for value in (compiled, loss(*leaves))]
+    torch.testing.assert_close(*grads, rtol=0, atol=0)
+
+
+def test_every_metric_of_the_settings_is_computed():
+    for metric in CHOICES["metric"]:
+        if metric != "off":
+            assert vista_loss(*batch(), metric=metric).loss.isfinite()
 
 
 def test_non_finite_values_come_out_as_they_are():

@@ -76,7 +76,7 @@ def vista_loss(
         cosine_BL = _cosine(xs_BL, xx_BL, ss_B1)
         distance_BL = -cosine_BL
     else:
-        raise ValueError("vista metric is 'off': there is no loss to compute")
+        raise ValueError(f"vista metric is {metric!r}: vista_loss computes 'l2' and 'cosine'")
 
     f_BL = {"t/m": t_BL / m_B1.clamp(min=1), "t": t_BL, "one": torch.ones_like(t_BL)}[ramp]
     per_token_BL = text_BL * applies_B[:, None] / (m_B1.clamp(min=1) * applies_B.sum().clamp(min=1))
@@ -124,7 +124,7 @@ class _InnerProducts(torch.autograd.Function):
             x = x.to(s_Bd.dtype)
             g_s_B1d += torch.bmm(b.mT, x)
             if needed:
-                torch.addcmul(a * x, b, s_B1d, out=g_x)
+                g_x.copy_((a * x).addcmul_(b, s_B1d))
         return g_x_BLd if needed else None, g_s_B1d[:, 0], None
 
 

@@ -153,7 +153,7 @@ class Step:
         ids, real: [B, T], the step's tokens and which of them are attended. mask: bool [B, L], or None.
         """
         T, L = ids.shape[1], x.shape[1]
-        known = Known(self.embedded, ids, x.dtype)
+        known = Known(self.embedded, ids, real, x.dtype)
         keys_BL = keys(x)
         spliced = L != T
         if mask is None:  # then zeros at the ends of rows are padding, where rows were put together anew
@@ -176,14 +176,17 @@ class Step:
         width = max(T, L)
         got = compact(id_BL, match_BL, width)
         want = compact(id_BT, real & ~place_BT, width)
-        whole = compact(id_BT, ~place_BT, width)
+        all_BT = ~place_BT & (real | (id_BT != NONE))
+        whole = compact(id_BT, all_BT, width)
         short = cuts & mask.all(1) & ((got == want) | (got == -1)).all(1)  # cut at the model's longest row
         as_wanted, as_whole = (got == want).all(1) | short, (got == whole).all(1)
         rank_BL = (match_BL.cumsum(1) - 1).clamp(min=0)
-        attended_BL = compact(real.long(), ~place_BT, width).gather(1, rank_BL) > 0
+        attended_BL = compact(real.long(), all_BT, width).gather(1, rank_BL) > 0
         text_BL = match_BL & (attended_BL | as_wanted[:, None])
         # LLaVA before 2024 lengthens its mask without looking where the images are: only its ends tell padding.
         image_BL = ~match_BL & (inside(mask) if spliced else mask)
+        if spliced:  # nor does it tell padding on the left, which may be zeros
+            image_BL = image_BL & (real[:, :1] | ((keys_BL != 0).cumsum(1) > 0))
 
         wrong_B = ~as_wanted & ~as_whole
         row = wrong_B.long().argmax().view(1)
@@ -367,10 +370,12 @@ class Known:
     """The vectors that the embedding gave for tokens of `ids`, by their keys. Equal vectors count as one token: the
     one with the smallest id (tokens that were added to a vocabulary often begin as copies)."""
 
-    def __init__(self, embedded: list[tuple[Tensor, Tensor]], ids: Tensor, dtype: torch.dtype):
+    def __init__(self, embedded: list[tuple[Tensor, Tensor]], ids: Tensor, real: Tensor, dtype: torch.dtype):
         given = torch.cat([i for i, _ in embedded])
         found = torch.cat([keys(vectors.to(dtype)) for _, vectors in embedded])
-        found = torch.where(among(given, ids.flatten()), found, NONE)  # images may come out of the same embedding
+        # Images may come out of the same embedding, and be zeros as a padding token is.
+        text = among(given, ids) & ((found != 0) | among(given, torch.where(real, ids, NONE)))
+        found = torch.where(text, found, NONE)
         self.ids, order = given.sort(stable=True)
         self.keys = found[order]
         self.sorted_keys, order = self.keys.sort(stable=True)
