@@ -284,7 +284,7 @@ def write_task(folder, right):
 
 def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
     """A whole run's tree: the files that training, evaluation and the probe leave behind."""
-    from scripts.reporting import report
+    from scripts.reporting import comparison
 
     rng = np.random.default_rng(0)
     for seed, name in itertools.product(range(seeds), variants):
@@ -302,7 +302,7 @@ def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
             (base / folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
         kl = np.exp(-np.arange(30) / 10) * rng.uniform(0.5, 1.5, (16, 1))
         kl[::2, 20:] = np.nan
-        arrays = {key: np.full(16, 0.5) for key in report.TERMS} | {"kl": kl, "hidden_size": np.array(64)}
+        arrays = {key: np.full(16, 0.5) for key in comparison.TERMS} | {"kl": kl, "hidden_size": np.array(64)}
         maps = rng.normal(size=(2, 4, 4))
         maps[:, 0, 0] = np.nan if name.startswith("tiny") else 0
         arrays |= {"map": maps, "question": np.array(["what?", "where?"])}

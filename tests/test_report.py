@@ -1,6 +1,8 @@
 """scripts/reporting/report.py: statistics against slow references and the paper, refusals, the page in a browser."""
 
+import base64
 import html
+import http.server
 import json
 import math
 import os
@@ -8,14 +10,18 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+import threading
 from dataclasses import replace
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.evaluation import results
 from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
-from scripts.reporting import report
+from scripts.reporting import markup, paper, report, runs, statistics, verdicts
 from tests.helpers import ROOT, VARIANTS, N, make_run, write_task
 
 
@@ -30,7 +36,7 @@ def run(tmp_path):
 def test_bootstrap_against_a_slow_reference():
     rng = np.random.default_rng(1)
     a, b = (rng.random(150) < 0.75).astype(float), (rng.random(150) < 0.65).astype(float)
-    fast = report.interval((a - b).mean(), np.subtract(*report.resample(a, b)))
+    fast = statistics.interval((a - b).mean(), np.subtract(*statistics.resample(a, b)))
     slow_random, draws = random.Random(2), []
     for _ in range(10_000):
         picked = [slow_random.randrange(150) for _ in range(150)]
@@ -43,20 +49,20 @@ def test_bootstrap_against_a_slow_reference():
 
 def test_bootstrap_is_seeded_and_paired():
     a = np.arange(50) % 2.0
-    assert (report.resample(a, a)[0] == report.resample(a, a)[1]).all()
-    assert (report.resample(a, 1 - a, 100) == report.resample(a, 1 - a, 100)).all()
-    assert report.interval(0, np.zeros(10_000))["p"] == 1
+    assert (statistics.resample(a, a)[0] == statistics.resample(a, a)[1]).all()
+    assert (statistics.resample(a, 1 - a, 100) == statistics.resample(a, 1 - a, 100)).all()
+    assert statistics.interval(0, np.zeros(10_000))["p"] == 1
 
 
 def test_mcnemar_is_the_binomial_tail():
     a, b = np.array([1] * 14 + [0] * 4 + [1] * 30), np.array([0] * 14 + [1] * 4 + [1] * 30)
-    assert report.mcnemar(a, b) == pytest.approx(sum(math.comb(18, k) for k in range(14, 19)) / 2**18)
-    assert report.mcnemar(b, b) == 1
+    assert statistics.mcnemar(a, b) == pytest.approx(sum(math.comb(18, k) for k in range(14, 19)) / 2**18)
+    assert statistics.mcnemar(b, b) == 1
 
 
 def test_bootstrap_of_strata_is_stratified():
     a, b = np.repeat([0.0, 1.0], [10, 30]), np.repeat([1.0, 0.0], [20, 20])
-    draws = report.resample(a, b, 20_000)
+    draws = statistics.resample(a, b, 20_000)
     assert draws.mean(1) == pytest.approx([0.75, 0.5], abs=0.005)
     assert draws.std(1) == pytest.approx([(0.75 * 0.25 / 40) ** 0.5, (0.25 / 40) ** 0.5], rel=0.05)
 
@@ -66,20 +72,21 @@ def test_bootstrap_of_strata_is_stratified():
 
 def test_the_papers_tables_are_whole():
     sizes = {table: sum(c.table == table for c in load_columns()) for table in (1, 2, 3)}
-    assert sizes == {1: 6, 2: 8, 3: 5} and len(report.PAPER) == 6
-    for name, tables in report.PAPER.items():
-        assert {int(t): len(printed["scores"]) for t, printed in tables.items()} == sizes
-        assert all(("delta" in printed) == ("vista" in name) for printed in tables.values())
+    assert sizes == {1: 6, 2: 8, 3: 5} and len(paper.ROWS) == 6
+    for name, row in paper.ROWS.items():
+        assert {t: len(printed.scores) for t, printed in row.tables.items()} == sizes
+        assert list(row.scores) == [column.name for column in load_columns()]
+        assert all((printed.delta is not None) == ("vista" in name) for printed in row.tables.values())
 
 
 def test_three_of_the_papers_twelve_deltas_follow_from_its_scores():
     """Recorded, so that nobody looks for the error here."""
-    rows = {(row["name"], row["table"]): row for row in report.paper_deltas()}
-    follows = {key for key, row in rows.items() if row["follows"]}
+    rows = {(row.name, row.table): row for row in paper.deltas()}
+    follows = {key for key, row in rows.items() if row.follows}
     llava = {("llava-v1.5-7b-vista-cosine", 1), ("llava-v1.5-7b-vista", 1)}
     assert len(rows) == 12 and follows == llava | {("tinyllava-3b-vista", 2)}
     # By hand: 0.71, 5.26, 0.89, 1.22, 2.81 and 5.44 %.
-    assert rows["llava-v1.5-7b-vista", 1]["computed"] == pytest.approx(2.72, abs=0.005)
+    assert rows["llava-v1.5-7b-vista", 1].computed == pytest.approx(2.72, abs=0.005)
 
 
 @pytest.mark.parametrize(
@@ -98,28 +105,28 @@ def test_three_of_the_papers_twelve_deltas_follow_from_its_scores():
     ],
 )
 def test_a_verdict_respects_the_interval(ci95, value, paper, whole, verdict):
-    assert report.claim({"ci95": ci95, "value": value, "paper": paper}, whole) == verdict
+    assert verdicts.claim({"ci95": ci95, "value": value, "paper": paper}, whole) == verdict
 
 
 def test_a_score_is_the_papers_within_two_standard_errors():
     cell = {"score": 50.0, "stderr": 1.0, "paper": 52.7, "whole": True}
-    assert report.level(cell) == "within noise" and report.level(cell | {"paper": 52.8}) == "differs"
-    assert report.level(cell | {"stderr": None}).startswith("cannot tell")
-    assert report.level(cell | {"whole": False}).startswith("cannot tell")
+    assert verdicts.level(cell) == "within noise" and verdicts.level(cell | {"paper": 52.8}) == "differs"
+    assert verdicts.level(cell | {"stderr": None}).startswith("cannot tell")
+    assert verdicts.level(cell | {"whole": False}).startswith("cannot tell")
 
 
 # -- reading and refusing
 
 
 def test_scores_and_verdicts(run):
-    report.main(run)
+    report.main([str(run)])
     whole = json.loads((run / "report.json").read_text())
     r = whole["groups"]["llava-tiny"]
     assert r["table"]["llava-tiny"]["digits"]["n"] == N and whole["manifests"]["llava"]["kit"]
     means = {name: [r["table"][name][t]["score"] for t in ("digits", "easyvqa")] for name in VARIANTS}
     for name, d in r["delta"].items():
-        assert d["0"]["value"] == pytest.approx(report.delta(means[name], means[VARIANTS[0]]))
-    log = report.load_log(run / "seed0/llava-tiny-vista-finetune")
+        assert d["0"]["value"] == pytest.approx(paper.delta(means[name], means[VARIANTS[0]]))
+    log = runs.load_log(run / "seed0/llava-tiny-vista-finetune")
     assert len(log["ce"]) == 40 and len(log["vista"]) == 36  # a step of text alone has no term
     text = (run / "report.md").read_text()
     assert "NO COMPARISON" not in text and text.count("llava-tiny sees") == 2
@@ -132,13 +139,13 @@ def test_scores_and_verdicts(run):
 
 
 def test_a_blind_baseline_is_said_at_the_top(tmp_path):
-    report.main(make_run(tmp_path, blind_accuracy=0.7))
+    report.main([str(make_run(tmp_path, blind_accuracy=0.7))])
     first = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("-"))
     assert first.startswith("- **NO COMPARISON WITH llava-tiny MEANS ANYTHING")
 
 
 def test_seeds_give_mean_and_standard_deviation(tmp_path):
-    report.main(make_run(tmp_path, seeds=3))
+    report.main([str(make_run(tmp_path, seeds=3))])
     r = json.loads((tmp_path / "report.json").read_text())
     cell = r["groups"]["llava-tiny"]["table"]["llava-tiny-vista"]["digits"]
     assert cell["score"] == pytest.approx(np.mean(cell["per_seed"]))
@@ -148,7 +155,7 @@ def test_seeds_give_mean_and_standard_deviation(tmp_path):
 
 def test_two_backbones_in_one_report(run):
     make_run(run, variants=[f"tiny{name}" for name in VARIANTS])
-    report.main(run)
+    report.main([str(run)])
     groups = json.loads((run / "report.json").read_text())["groups"]
     assert list(groups) == ["llava-tiny", "tinyllava-tiny"]
     assert list(groups["tinyllava-tiny"]["delta"]) == ["tinyllava-tiny-vista", "tinyllava-tiny-vista-cosine"]
@@ -165,7 +172,7 @@ def test_what_is_missing_is_said_and_not_compared(run):
     shutil.rmtree(run / "seed0/eval/tinyllava-tiny-vista-cosine")
     shutil.rmtree(run / "seed0/llava-tiny-finetune")
     (run / "seed0/probe/llava-tiny-vista.npz").unlink()
-    report.main(run)
+    report.main([str(run)])
     whole = json.loads((run / "report.json").read_text())
     assert whole["missing"] == [
         "llava-tiny, seed0: no trainer_state.json of stage 2",
@@ -183,7 +190,7 @@ def test_what_is_missing_is_said_and_not_compared(run):
 
 @pytest.mark.parametrize("there", (VARIANTS[:1], VARIANTS[1:2]))
 def test_a_single_experiment_is_reported_without_comparison(tmp_path, there):
-    report.main(make_run(tmp_path, variants=there))
+    report.main([str(make_run(tmp_path, variants=there))])
     r = json.loads((tmp_path / "report.json").read_text())
     group = r["groups"]["llava-tiny"]
     assert group["baseline"] == "llava-tiny" and not any(group["paired"].values())
@@ -228,7 +235,7 @@ SAMPLES = "eval/llava-tiny-vista/digits/*/*_samples_digits.jsonl"
 def test_refuses_what_is_missing_or_odd(run, damage, message):
     damage(run)
     with pytest.raises(SystemExit, match=f"(?s)^report.py: .*{re.escape(message)}"):
-        report.main(run)
+        report.main([str(run)])
     assert not list(run.glob("report*"))
 
 
@@ -308,7 +315,7 @@ def test_tasks_of_different_checkpoints_are_not_one_experiments(run):
     for task, checkpoint in {"digits": "1" * 64, "easyvqa": "2" * 64}.items():
         record(run / "seed0/eval/llava-tiny" / task, checkpoint)
     with pytest.raises(SystemExit, match="eval/llava-tiny: its tasks are of different checkpoints"):
-        report.main(run)
+        report.main([str(run)])
 
 
 # -- the paper's suite: stand-in answers, logged and scored by lmms-eval's own task code
@@ -440,7 +447,7 @@ def suite_run(tmp_path_factory):
         write_suite_task(root, "tinyllava-3b", task, 0.5)
     (root / "maps").mkdir()
     Image.new("RGB", (64, 32), "navy").save(root / "maps/cube.png")
-    report.main(root)
+    report.main([str(root)])
     return root
 
 
@@ -484,8 +491,8 @@ def test_a_whole_split_gets_a_verdict(suite_run, monkeypatch):
     """The same results, of which the suite is said to have no more."""
     whole = {"SEED-Bench (image)": 48, "MME perception": 40, "MME cognition": 20}
     sized = [replace(column, n=whole.get(column.name, 60)) for column in load_columns()]
-    monkeypatch.setattr(report, "load_columns", lambda tasks=None: [c for c in sized if not tasks or c.task in tasks])
-    report.main(suite_run)
+    monkeypatch.setattr(results, "load_columns", lambda tasks=None: [c for c in sized if not tasks or c.task in tasks])
+    report.main([str(suite_run)])
     group = json.loads((suite_run / "report.json").read_text())["groups"]["llava-v1.5-7b"]
     paired = group["paired"]["llava-v1.5-7b-vista"]
     assert paired["GQA"]["paper"] == pytest.approx(0.55) and paired["GQA"]["ci95"][0] < paired["GQA"]["value"]
@@ -505,7 +512,7 @@ def test_a_judged_mmbench_has_a_score_alone(tmp_path):
         results = json.loads(path.read_text())
         results["results"]["mmbench_en_dev"]["gpt_eval_score,none"] += 5
         path.write_text(json.dumps(results))
-    report.main(tmp_path)
+    report.main([str(tmp_path)])
     group = json.loads((tmp_path / "report.json").read_text())["groups"]["llava-v1.5-7b"]
     assert group["table"]["llava-v1.5-7b"]["MMBench EN"]["stderr"] is None
     pair = group["paired"]["llava-v1.5-7b-vista"]["MMBench EN"]
@@ -578,9 +585,164 @@ def test_maps_without_their_input_are_one_error(tmp_path, missing, message):
     assert not (tmp_path / "maps.png").exists()
 
 
+# -- hostile input
+
+SCRIPT = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+LINKS = "[click](javascript:alert(1)) [click][ref] ![x](http://127.0.0.1:{port}/a) <img src=http://127.0.0.1:{port}/b>"
+OUTSIDE = '<img src="figures/../../secret.png"> ![x](figures/../../secret.png) ![x](maps/../../secret.png)'
+BLOCKS = "a | b | c\n\n# head\n\n```\n\n[ref]: javascript:alert(1)\n\n    code *b* _c_ `d` \x1b[31m"
+SECRETS = (
+    "https://user:pass-word@judge.example/v1?key=query-key token=token-key hf_abcdefghijkl sk-abcdefghijklmnopqrst"
+)
+FOLDERS = ("<img src=x onerror=document.title='owned'>", "[x](javascript:alert(1))", "a|b*c*_d_`e`\n# f", "$x_{$", "\\")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+
+
+def dump_dom(page, tmp_path):
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command = [CHROMIUM, *options, "--virtual-time-budget=10000", "--dump-dom", page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.fixture
+def listener():
+    """.port of a server of this machine, .asked: the paths that it was asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            server.asked.append(self.path)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.port = [], server.server_port
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def copy_as(seed, name):
+    """A variant of any name: a copy of llava-tiny-vista's evaluation and probe."""
+    shutil.copytree(seed / "eval/llava-tiny-vista", seed / "eval" / name)
+    shutil.copy(seed / "probe/llava-tiny-vista.npz", seed / "probe" / f"{name}.npz")
+
+
+@pytest.fixture
+def hostile(tmp_path, listener):
+    """A run in which whatever a stranger could write says something hostile, beside a secret picture."""
+    Image.effect_noise((8, 8), 9).save(tmp_path / "secret.png")
+    root = make_run(tmp_path / "run <b> & $1$", variants=["llava-tiny", "llava-tiny-vista"])
+    for name in FOLDERS:
+        copy_as(root / "seed0", f"llava-tiny-{name}")
+    said = " ".join([SCRIPT, LINKS.format(port=listener.port), OUTSIDE, BLOCKS, SECRETS, "\ud800"])
+    for path in root.glob("seed0/eval/llava-tiny*/*/*/*_results.json"):
+        results = json.loads(path.read_text())
+        results["versions"] = dict.fromkeys(results["versions"], said)
+        path.write_text(json.dumps(results))
+    manifest = json.dumps({said: [said, {"```\n": said}], "judge": SECRETS})
+    for name in ("llava", "<script>document.title = 1", "[x](javascript:1)"):
+        (root / f"manifest-{name}.json").write_text(manifest)
+    (root / "maps").mkdir()
+    for name in FOLDERS:
+        shutil.copy(tmp_path / "secret.png", root / f"maps/{name}.png")
+    shutil.copytree(root / "seed0/eval/llava-tiny/digits", root / "seed0/eval/llava-tiny/<i>task\n")
+    (old,) = root.glob("seed0/eval/llava-tiny/<i>*/*/*_samples_digits.jsonl")
+    old.rename(old.with_name(old.name.replace("digits", "<i>task\n")))
+    (path,) = root.glob("seed0/eval/llava-tiny/<i>*/*/*_results.json")
+    path.write_text(path.read_text().replace('"digits":', '"<i>task\\n":'))
+    for path in root.glob("seed0/probe/*.npz"):
+        arrays = dict(np.load(path))
+        np.savez(path, **(arrays | {"question": np.array([said[:40], "$\\frac{"])}))
+    return root
+
+
+@browser
+def test_nothing_that_a_file_says_is_markup(hostile, listener, tmp_path, capsys):
+    secret = base64.b64encode((tmp_path / "secret.png").read_bytes()).decode()
+    for path in hostile.glob("maps/*.png"):
+        Image.new("RGB", (8, 8), "navy").save(path)
+    report.main([str(hostile)])
+    page = (hostile / "report.html").read_text()
+    body = page.partition("</style>")[2]
+    tags = "h1 h2 h3 p ul li strong em img pre code div table thead tbody tr th td"
+    found = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.append((tag, dict(attributes)))
+    parser.feed(body)
+    assert {tag for tag, _ in found} <= set(tags.split()) and secret not in page
+    assert {name for _, attributes in found for name in attributes} <= {"alt", "src", "class"}
+    sources = [attributes["src"] for tag, attributes in found if tag == "img"]
+    assert len(sources) == 9 and all(source.startswith("data:image/png;base64,i") for source in sources)
+    dom = dump_dom(hostile / "report.html", tmp_path)
+    assert "<title>VISTA against its baseline: " in dom and "owned'</title>" not in dom and not listener.asked
+    assert dom.count("<table>") == 5 and dom.count("<h1>") == 1  # no row and no heading of a stranger's
+    assert "<code" in dom and dom.count("<pre>") == 3
+    written = "".join((hostile / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
+    for secret in ("pass-word", "query-key", "token-key", "hf_abcdefghijkl", "sk-abcdef", "\x1b"):
+        assert secret not in written + capsys.readouterr().out
+
+
+@browser
+@pytest.mark.parametrize("policy", (True, False))
+def test_the_policy_stops_what_escaping_would_let_through(tmp_path, listener, policy):
+    """Without it, the same page runs the script and asks for the picture."""
+    raw = f"<script>document.title = 'owned'</script>\n\n<object data=http://127.0.0.1:{listener.port}/b></object>"
+    raw += f"<style>p {{ background: url(http://127.0.0.1:{listener.port}/c) }}</style><p>x</p>"
+    raw += f"<iframe src=http://127.0.0.1:{listener.port}/d></iframe>"
+    page = markup.page(raw, "title", {})
+    if not policy:
+        page = re.sub(r"<meta http-equiv.*\n", "", page)
+    (tmp_path / "page.html").write_text(page)
+    dom = dump_dom(tmp_path / "page.html", tmp_path)
+    assert ("<title>owned</title>" in dom, bool(listener.asked)) == (not policy, not policy)
+
+
+def test_only_pictures_of_the_runs_own_folder_are_embedded(run, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.png"
+    Image.new("RGB", (8, 8)).save(outside)
+    (run / "maps").mkdir()
+    (run / "maps/a.png").symlink_to(outside)
+    with pytest.raises(SystemExit, match=r"maps/a.png: leads out of .*remove the link"):
+        report.main([str(run)])
+    (run / "maps/a.png").unlink()
+    (run / "maps/a.png").write_bytes(b"BM no PNG")
+    with pytest.raises(SystemExit, match=r"maps/a.png: is not a PNG"):
+        report.main([str(run)])
+    (run / "maps/a.png").unlink()
+    (run / "figures").symlink_to(outside.parent)
+    with pytest.raises(SystemExit, match=r"leads out of"):
+        report.main([str(run)])
+    assert [path.name for path in outside.parent.iterdir()] == ["secret.png"] and not list(run.glob("report.*"))
+
+
+def test_a_locale_without_unicode_is_no_traceback(run):
+    """The names that a system cannot write are shown as what they are; the files are UTF-8."""
+    for name in ("llava-tiny-\u00fc\u4e2d", os.fsdecode(b"llava-tiny-vista-\xff")):
+        copy_as(run / "seed0", name)
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "scripts.reporting.report", run]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"llava-tiny-\\xfc\\u4e2d: columns that differ" in done.stdout and b"llava-tiny-vista-\\xff:" in done.stdout
+    for kind in ("md", "html"):
+        text = (run / f"report.{kind}").read_bytes().decode()
+        assert "llava-tiny-\u00fc\u4e2d" in text and "\u00b1" in text and "\u0394" in text
+    assert "llava-tiny-vista-\\xff" in json.loads((run / "report.json").read_text())["groups"]["llava-tiny"]["table"]
+
+
+@pytest.mark.parametrize("arguments, code, said", [(["--help"], 0, "RUN_DIR/report.json"), ([], 2, "usage: report.py")])
+def test_what_it_does_can_be_asked(arguments, code, said):
+    command = [sys.executable, "-m", "scripts.reporting.report", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
 # -- the page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 # An iframe gives the page any width (headless windows have a minimum), and its parent may look into a srcdoc.
 FRAME = """<!doctype html><iframe width="{width}" height="900" style="border: 0" srcdoc="{page}"></iframe>
 <script>onload = () => {{
@@ -594,18 +756,16 @@ FRAME = """<!doctype html><iframe width="{width}" height="900" style="border: 0"
 }}</script>"""
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@browser
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("which, tables, images", [("run", 4, 4), ("suite_run", 6, 1)])
+@pytest.mark.parametrize("which, tables, images", [("run", 5, 4), ("suite_run", 7, 1)])
 def test_page_in_a_browser(request, tmp_path, which, tables, images, width):
     folder = request.getfixturevalue(which)
     if which == "run":
-        report.main(folder)
+        report.main([str(folder)])
         shutil.rmtree(folder / "figures")  # self-contained: nothing may be read from beside it
     frame = tmp_path / "frame.html"
     frame.write_text(FRAME.format(width=width, page=html.escape((folder / "report.html").read_text())))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    command = [CHROMIUM, *options, "--virtual-time-budget=10000", "--dump-dom", frame.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = dump_dom(frame, tmp_path)
     found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
     assert found == {"overflow": 0, "tables": tables, "images": images, "loaded": images}

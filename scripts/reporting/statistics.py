@@ -1,0 +1,61 @@
+"""Bootstrap intervals and exact tests. Knows nothing of files or tables."""
+
+from collections.abc import Sequence
+from typing import NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+Array = NDArray[np.float64]
+RESAMPLES = 10_000
+
+
+class Interval(TypedDict):
+    """A statistic, its 95% interval and the two-sided p of "it is 0"; None where it cannot be had."""
+
+    value: float | None
+    ci95: list[float] | None
+    p: float | None
+    paper: NotRequired[float]  # what the paper's printed scores give
+    verdict: NotRequired[str]
+
+
+def resample(a_n: Array, b_n: Array, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> Array:
+    """Means of a and of b, [2, resamples], over the same n samples drawn with replacement."""
+    pairs, count = np.unique(np.stack([a_n, b_n]), axis=1, return_counts=True)  # few differ: 214,354 rows in a second
+    rng, chunk = np.random.default_rng(seed), max(1, 10**7 // len(count))  # bounds the memory
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    draws = [rng.multinomial(count.sum(), count / count.sum(), size) @ pairs.T for size in sizes]
+    return np.asarray(np.concatenate(draws).T / count.sum(), dtype=np.float64)
+
+
+def interval(value: float, draws: Array | None) -> Interval:
+    """A statistic with its 95% percentile interval and the two-sided bootstrap p of "it is 0"; without draws, alone."""
+    if draws is None and np.isfinite(value):
+        return {"value": float(value), "ci95": None, "p": None}
+    if draws is None or not np.isfinite([value, *draws]).all():  # a relative gain over 0
+        return {"value": None, "ci95": None, "p": None}
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    p = min(1, 2 * (tail + 1) / (len(draws) + 1))
+    return {"value": float(value), "ci95": np.percentile(draws, [2.5, 97.5]).tolist(), "p": float(p)}
+
+
+def mcnemar(a_n: Array, b_n: Array) -> float:
+    """One-sided exact McNemar p of "a is right more often than b" for paired 0/1 answers."""
+    better, worse = int((a_n > b_n).sum()), int((a_n < b_n).sum())
+    if not better + worse:
+        return 1.0
+    return float(stats.binomtest(better, better + worse, alternative="greater").pvalue)
+
+
+def sd(values: ArrayLike) -> float | None:
+    """The sample standard deviation; None of fewer than two values, or where one is not finite."""
+    array = np.asarray(values, dtype=float)
+    return float(np.std(array, ddof=1)) if array.size > 1 and np.isfinite(array).all() else None
+
+
+def stderr(strata: Sequence[Array]) -> float | None:
+    """The standard error of the sum of the strata's means; None where a stratum is too small to tell."""
+    value = float(np.linalg.norm([stats.sem(stratum) for stratum in strata]))
+    return value if np.isfinite(value) else None
