@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # The images, conversations, pre-trained parts and evaluation sets that an experiment's config names.
 #
-#   scripts/data.sh EXPERIMENT [--offline] [--verify]
+#   scripts/data.sh EXPERIMENT [--offline] [--verify] [--decode]
 #
-# For the miniature it makes them (scripts/miniature/tiny_data.py, scripts/miniature/tiny_models.py), for the others it downloads them
-# (scripts/data/download.py, scripts/data/sources.toml). Then it looks up every training row's image. --offline only checks and
-# names what is missing; --verify hashes every file again. TINY_DATA and TINY_MODELS are flags for the first two, by which
-# tests make a smaller miniature: TINY_DATA="--scenes 100" TINY_MODELS="--vision-steps 20".
+# For the miniature it makes them (scripts/miniature/tiny_data.py, scripts/miniature/tiny_models.py), for the others it
+# downloads them (scripts/data/download.py, scripts/data/sources.toml). Then it checks every training row and its picture
+# (scripts/data/rows.py). --offline only checks and names what is missing; --verify hashes every file again; --decode
+# decodes every picture whole. TINY_DATA and TINY_MODELS are flags for the first two, by which tests make a smaller
+# miniature: TINY_DATA="--scenes 100" TINY_MODELS="--vision-steps 20".
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
+export PYTHONUTF8=1 # names of files and lists are UTF-8, whatever the locale says
 
-experiment=${1:?usage: scripts/data.sh EXPERIMENT [--offline] [--verify]}
+experiment=${1:?usage: scripts/data.sh EXPERIMENT [--offline] [--verify] [--decode]}
 if [[ $experiment == *-tiny* ]]; then
     words=$(python3 -m scripts.config "$experiment" pretrain)
     data=$(python3 -m scripts.config "$experiment" get run)/data

@@ -12,11 +12,13 @@ import shutil
 import subprocess
 import sys
 import threading
+import urllib.parse
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 UPSTREAM = ROOT / "upstream" / "llava"
@@ -163,6 +165,27 @@ def packed(files):
     return buffer.getvalue()
 
 
+def picture(kind="PNG", after=0):
+    """A small picture, and that many bytes that no reader of it looks at."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), (200, 30, 30)).save(buffer, kind)
+    return buffer.getvalue() + os.urandom(after)
+
+
+def pickled(tensors):
+    """A file of torch's, as bytes."""
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()
+
+
+def row(image=None, question="What is it?", **more):
+    """A row of a training JSON that both stages take."""
+    question = f"<image>\n{question}" if image else question
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Red."}]
+    return {"conversations": turns} | ({"image": image} if image else {}) | more
+
+
 def sha256(data):
     return hashlib.sha256(data).hexdigest()
 
@@ -180,7 +203,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self):
-        path = self.path.split("?")[0]
+        path = urllib.parse.unquote(self.path.split("?")[0])
         if self.server.fault and self.server.fault(self, path):
             return
         if match := re.fullmatch(r"/api/(?:models|(datasets))/(.*)/revision/(.*)", path):

@@ -4,20 +4,21 @@
 
 TO.partial holds what is on its way, and is continued. data/.sums/NAME lists the files of a source that lies whole in
 its place, in the form of `sha256sum --check`; it is written last. What lies there already, a link to your own copy for
-instance, is counted, hashed once and taken. One process downloads at a time; others wait, and find it done. For a
-machine without a network: copy all of data/ to it (rsync -aL), and run this there with --offline --verify.
+instance, is counted, hashed once and taken as it is, or refused: nothing in it is changed. One process downloads at a
+time; others wait, and find it done. For a machine without a network: copy all of data/ to it (rsync -aL), and run this
+there with --offline --verify. docs/security.md says what is checked and what is trusted.
 
 The hub's usual variables hold: HF_TOKEN, HF_TOKEN_PATH, HF_ENDPOINT (a mirror), HF_HUB_OFFLINE.
 HF_HUB_ENABLE_HF_TRANSFER=1 is for lines above 1 Gb/s: a file of the hub that is cut off then starts again.
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
-import hashlib
+import io
 import json
 import os
-import re
 import shutil
 import signal
 import stat
@@ -26,27 +27,34 @@ import threading
 import time
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
 from scripts import config
+from scripts.data import rows, weights
+from scripts.data.disk import DATA, DataError, files, hash_all, say, write
+from scripts.outside import checked_name, matches, scrub
 
-DATA = Path("data")
 LOCK = DATA / "sources.lock.json"
 CATALOG = Path(__file__).with_name("sources.toml")
-AT_ONCE = 4  # sources, files of one, and threads that hash
+AT_ONCE = 4  # sources, and files of one
 TRIES = 6  # without a byte more, then it gives up: after 1 + 2 + 4 + 8 + 16 s
 UNPACKED = 2  # times an archive's size: pictures do not compress, so what claims more is a bomb
 LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class DataError(Exception):
-    """What the user must mend; its text is the whole message."""
+class Expected(NamedTuple):
+    """What is known of a file before it is downloaded."""
+
+    bytes: int
+    sha256: str = ""  # as the source itself tells it, or as it is pinned
+    pinned: bool = False  # by the catalog, or by data/sources.lock.json
 
 
 @dataclass
@@ -74,26 +82,22 @@ class Source:
         self.sums = DATA / ".sums" / self.name
         self.partial = self.to.with_name(self.to.name + ".partial")
         self.downloads = self.partial / "download"
-        self.expected: dict[str, tuple[int, str]] = {}  # file -> bytes, sha256 or ""; plan() fills it in
-
-
-def say(text: str) -> None:
-    tqdm.write(f"data: {text}", file=sys.stderr)
+        self.expected: dict[str, Expected] = {}  # plan() fills it in
 
 
 def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count:,} bytes"
 
 
-def needed(loaded: dict) -> tuple[list[Source], list[Path], dict[Path, Path]]:
-    """Of a config: its sources, the paths that no source provides, and {training JSON: its image folder}."""
+def needed(loaded: dict) -> tuple[list[Source], list[Path], list[rows.Stage]]:
+    """Of a config: its sources, the paths that no source provides, and its stages' data."""
     try:
-        sources = [Source(name, **table) for name, table in config.tomllib.loads(CATALOG.read_text()).items()]
+        sources = [Source(name, **table) for name, table in config.tomllib.loads(CATALOG.read_text("utf-8")).items()]
     except (config.tomllib.TOMLDecodeError, TypeError) as error:
         raise DataError(f"{CATALOG}: {error}") from None
-    stages = {Path(s["data_path"]): Path(s["image_folder"]) for s in (loaded["pretrain"], loaded["finetune"])}
+    stages = [rows.Stage.of(loaded, name) for name in ("pretrain", "finetune")]
     models = {Path(loaded["train"][key]) for key in ("model_name_or_path", "vision_tower")}
-    paths, tasks = {*stages, *stages.values(), *models}, set(loaded["tasks"])
+    paths, tasks = {*(s.data for s in stages), *(s.pictures for s in stages), *models}, set(loaded["tasks"])
     chosen = [s for s in sources if paths & {s.to, *s.to.parents} or tasks & set(s.tasks)]
     provided = {path for source in chosen for path in (source.to, *source.to.parents)}
     return chosen, sorted(paths - provided), stages
@@ -102,101 +106,90 @@ def needed(loaded: dict) -> tuple[list[Source], list[Path], dict[Path, Path]]:
 # What lies in its place
 
 
-def files(path: Path) -> list[str]:
-    """The files below a folder, links followed: one scan of each folder, no stat of each file. Of a file: itself."""
-    if path.is_file():
-        return [str(path)]
-    return [os.path.join(parent, name) for parent, _, names in os.walk(path, followlinks=True) for name in names]
-
-
-def hash_all(path: Path) -> dict[str, str]:
-    """{file: sha256}"""
-
-    def sha256(file: str) -> str:
-        digest = hashlib.sha256()
-        with open(file, "rb") as opened:
-            while chunk := opened.read(1 << 20):
-                digest.update(chunk)
-        return digest.hexdigest()
-
-    found = sorted(files(path))
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return dict(zip(found, pool.map(sha256, found), strict=True))
-
-
-def take(source: Source, path: Path) -> None:
-    """Puts a download in place, or takes what the user put there. The list of its files is written last."""
+def check_count(source: Source, path: Path) -> None:
+    """Raises DataError unless `path` holds files of every kind, and as many, as the catalog says."""
     found = [os.path.relpath(file, path) for file in files(path)]
-    lost = [p for p in source.only if path.is_dir() and not source.unpack and not any(fnmatch(f, p) for f in found)]
+    for name in found if path.is_dir() else []:
+        checked_name(name)
+    only = chosen(source.only, found) if path.is_dir() and not source.unpack else {}
+    lost = [pattern for pattern, names in only.items() if not names]
     if lost or (source.files and len(found) != source.files):
         lack = f"no {lost[0]}" if lost else f"{len(found)} files, not {source.files}"
         raise DataError(f"{path} holds {lack}: complete it, or move it away and run again")
-    if path != source.to:
-        os.replace(path, source.to)
+
+
+def take(source: Source) -> None:
+    """Takes what the user put in a source's place, as it is. Raises DataError where it would have to be changed."""
+    check_count(source, source.to)
+    away = f"or move {source.to} away and run again"
+    if wrong := misnamed(source, files(source.to)):
+        ((old, new),) = source.rename.items()
+        raise DataError(f"{len(wrong)} files end in {old}, first {wrong[0]}; the JSON says {new}: rename them, {away}")
+    if (settings := generation_config(source, source.to)) is not None:
+        file, why = source.to / "generation_config.json", "without it training fails at its last save"
+        raise DataError(f"{file} lacks {source.generation_config}, {why}: write {json.dumps(settings)} there, {away}")
+    if source.to.is_dir() and (pickles := weights.pickled(source.to)):
+        convert = f".venv/bin/python -m scripts.data.weights {source.to} makes safetensors of it"
+        raise DataError(f"{pickles[0]} is a pickle, which can run code when training loads it: {convert}, {away}")
     sums = hash_all(source.to)
     if source.to.is_file() and source.sha256 not in ("", *sums.values()):
-        raise DataError(f"{path} has not the sha256 of sources.toml: move it away and run again")
-    mend(source, sums)
+        raise DataError(f"{source.to} has not the sha256 of sources.toml: move it away and run again")
+    record(source, sums)
+
+
+def record(source: Source, sums: dict[str, str]) -> None:
+    """Notes that a source is whole: the last step."""
     source.sums.parent.mkdir(parents=True, exist_ok=True)
     write(source.sums, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
-    shutil.rmtree(source.partial, ignore_errors=True)
 
 
-def mend(source: Source, sums: dict[str, str]) -> None:
-    """Changes what scripts/data/sources.toml says must be changed."""
+def misnamed(source: Source, found: list[str]) -> list[str]:
+    """The files whose ending the catalog says to change."""
+    there = set(found)
+    return [
+        file
+        for old, new in source.rename.items()
+        for file in found
+        if file.endswith(old) and file.removesuffix(old) + new not in there
+    ]
+
+
+def generation_config(source: Source, folder: Path) -> dict | None:
+    """What generation_config.json must say, by the catalog; None where it says so."""
+    if not source.generation_config:
+        return None
+    settings = json.loads((folder / "generation_config.json").read_text("utf-8"))
+    if not isinstance(settings, dict):
+        raise DataError(f"{folder}/generation_config.json holds no settings")
+    wanted = settings | source.generation_config
+    return None if wanted == settings else wanted
+
+
+def mend(source: Source, path: Path) -> None:
+    """Changes what the catalog says must be changed, in a download that is not in its place yet."""
+    wrong = misnamed(source, files(path))
     for old, new in source.rename.items():
-        wrong = [file for file in sums if file.endswith(old) and file.removesuffix(old) + new not in sums]
         for file in wrong:
             os.replace(file, file.removesuffix(old) + new)
-            sums[file.removesuffix(old) + new] = sums.pop(file)
         if wrong:
             say(f"{source.name}: {len(wrong)} {old} files are now called {new}, as the JSON calls them")
-    if source.generation_config:
-        file = source.to / "generation_config.json"
-        settings = json.loads(file.read_text())
-        if settings | source.generation_config != settings:
-            write(file, json.dumps(settings | source.generation_config, indent=2))
-            sums.update(hash_all(file))
-            say(f"{source.name}: {file} now has {source.generation_config}; scripts/data/sources.toml says why")
-
-
-def write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    if (settings := generation_config(source, path)) is not None:
+        write(path / "generation_config.json", json.dumps(settings, indent=2))
+        say(f"{source.name}: generation_config.json now has {source.generation_config}; {CATALOG.name} says why")
+    if path.is_dir() and not source.unpack and (pickles := weights.convert(path)):
+        for file in [*pickles, *path.glob("*.bin.index.json")]:
+            file.unlink()
+        say(f"{source.name}: {len(pickles)} pickled weight files, first {pickles[0].name}, are now safetensors")
 
 
 def lacking(source: Source, verify: bool) -> str:
     """What a source that was whole lacks now; "" if nothing."""
-    sums = {file: digest for digest, file in (line.split("  ", 1) for line in source.sums.read_text().splitlines())}
+    lines = source.sums.read_text("utf-8", "surrogateescape").removesuffix("\n").split("\n")
+    sums = {file: digest for digest, file in (line.split("  ", 1) for line in lines)}
     found = hash_all(source.to) if verify else dict.fromkeys(files(source.to))
     wrong = [file for file in sums if file not in found or (verify and found[file] != sums[file])]
     what = f"{len(wrong)} of {len(sums)} files {'changed or missing' if verify else 'missing'}, first"
     return f"{source.name}: {what} {wrong[0]}: rm -r {source.to} and run again" if wrong else ""
-
-
-def check_images(path: Path, folder: Path) -> str:
-    """What a training JSON asks for and the folder lacks; "" if nothing. It costs seconds, a failed training hours."""
-    try:
-        rows = json.loads(path.read_bytes())
-        images = [[row["image"]] if isinstance(row.get("image"), str) else row.get("image") or [] for row in rows]
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path} is not a list of conversations: {error}") from None
-    asked = {image for row in images for image in row}
-    there = {file[len(str(folder)) + 1 :] for file in files(folder)}
-    # What stock joins with the folder may also lead out of it.
-    missing = [image for image in sorted(asked - there) if not (folder / image).exists()]
-    listed = DATA / f"{path.stem}.missing.txt"
-    if missing:
-        DATA.mkdir(exist_ok=True)
-        write(listed, "".join(f"{image}\n" for image in missing))
-        first = ", ".join(missing[:3])
-        return f"{path}: {len(missing)} of {len(asked)} images are not in {folder}: {first} ... ({listed} has them all)"
-    if listed.exists():
-        listed.unlink()
-    rest = f"{sum(map(bool, images))} with one of {len(asked)} images of {folder}, where all are"
-    say(f"{path}: {len(rows)} rows, {rest}; {len(there - asked)} others are there")
-    return ""
 
 
 # Download
@@ -225,21 +218,18 @@ def bring(sources: list[Source], offline: bool) -> list[str]:
     if not todo():
         return []
     DATA.mkdir(exist_ok=True)
-    with open(DATA / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is at work in data/: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(DATA / ".lock"):
         own = [source for source in todo() if files(source.to)]
         for source in own:
-            say(f"{source.name}: {source.to} is there already: hashes it and takes it")
-        if errors := each(lambda source: take(source, source.to), own):
+            say(f"{source.name}: {source.to} is there already: trusts it as it is, and hashes it")
+        if errors := each(take, own):
             return errors
         left = todo()
         if offline:
             return [f"{source.name} is missing: {source.to}, from {source.repo or source.url[0]}" for source in left]
-        locks, guard = json.loads(LOCK.read_text()) if LOCK.exists() else {}, threading.Lock()
+        locks, guard = read_locks(), threading.Lock()
+        if any(source.repo for source in left):
+            warn_of_token()
         if errors := each(lambda source: plan(source, locks.get(source.name, {})), left, all_of_them=False):
             return errors
         check_disk(left)
@@ -247,10 +237,71 @@ def bring(sources: list[Source], offline: bool) -> list[str]:
         return each(lambda source: get(source, locks, guard), left)
 
 
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process has this lock, and has it. What a link of that name leads to is not touched."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DataError(f"{path} is a link, which no lock is: remove it") from None
+        raise
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        say("another process is at work in data/: waiting for it")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        why = f"this file system has no locks ({error.strerror}), without which two downloads could spoil each other"
+        mend = "make data/ a link to a folder on a disk of this machine, or mount it with locks (Lustre: flock)"
+        raise DataError(f"{path}: {why}: {mend}") from None
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def read_locks() -> dict[str, dict]:
+    """What was trusted at its first use: {source: {"revision": ..., "sha256": {file: ...}}}"""
+    if not LOCK.exists():
+        return {}
+    try:
+        locks = json.loads(LOCK.read_text("utf-8"))
+        if not all(isinstance(entry.get("sha256"), dict) for entry in locks.values()):
+            raise ValueError("an entry has no hashes")
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{LOCK} is damaged ({error}): mend it, or move it away to trust what comes next") from None
+    return locks
+
+
+def warn_of_token() -> None:
+    """Says that the user's token goes where it may not belong."""
+    from huggingface_hub import constants, get_token
+
+    address = urlsplit(constants.ENDPOINT)
+    at_home = (address.hostname or "").endswith(("huggingface.co", "hf.co"))
+    if get_token() and (address.scheme != "https" or not at_home):
+        how = "" if address.scheme == "https" else ", unencrypted"
+        say(f"warning: your Hugging Face token goes to {constants.ENDPOINT}{how}, as HF_ENDPOINT says: unset HF_TOKEN "
+            "unless that is meant (HF_TOKEN_PATH=/dev/null where you are logged in)")  # fmt: skip
+
+
+def chosen(patterns: list[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """{pattern: the names that fit it}; safetensors in the place of pickled weights, where there are any."""
+    names = list(names)
+    safe = any(matches(name, weights.SAFE) for name in names)
+    patterns = [weights.SAFE if safe and pattern == weights.PICKLED else pattern for pattern in patterns]
+    return {pattern: [name for name in names if matches(name, pattern)] for pattern in patterns}
+
+
 def plan(source: Source, locked: dict) -> None:
     """Asks the hub for the commit, and the names, sizes and hashes of its files."""
+    work = (source.partial, source.downloads, source.partial / "files")
+    strange = set(os.listdir(source.partial)) - {"download", "files"} if source.partial.is_dir() else set()
+    if strange or any(folder.is_symlink() for folder in work):
+        raise DataError(f"{source.partial} is where this works, and holds what others put there: move it away")
     if source.url:
-        source.expected = {source.url[0].rsplit("/", 1)[1]: (source.bytes, source.sha256)}
+        source.expected = {source.url[0].rsplit("/", 1)[1]: Expected(source.bytes, source.sha256, bool(source.sha256))}
         return
     from huggingface_hub import HfApi
 
@@ -260,13 +311,15 @@ def plan(source: Source, locked: dict) -> None:
     if pinned not in ("", info.sha):
         raise DataError(f"the hub gives {info.sha} of {source.repo} for {pinned}")
     source.revision = info.sha
-    for pattern in source.only:
-        found = [file for file in info.siblings if fnmatch(file.rfilename, pattern)]
-        if not found:
-            raise DataError(f"{source.repo} has no {pattern}, but {', '.join(f.rfilename for f in info.siblings[:10])}")
-        for file in found:
-            known = source.sha256 or locked.get("sha256", {}).get(file.rfilename)
-            source.expected[file.rfilename] = (file.size, known or (file.lfs.sha256 if file.lfs else ""))
+    listed = {checked_name(file.rfilename): file for file in info.siblings}
+    for pattern, names in chosen(source.only, listed).items():
+        if not names:
+            raise DataError(f"{source.repo} has no {pattern}, but {', '.join(list(listed)[:10])}")
+        for name in names:
+            file, pin = listed[name], source.sha256 or locked.get("sha256", {}).get(name, "")
+            if not isinstance(file.size, int):
+                raise DataError(f"the hub tells no size of {name} in {source.repo}")
+            source.expected[name] = Expected(file.size, pin or (file.lfs.sha256 if file.lfs else ""), bool(pin))
 
 
 def check_disk(sources: list[Source]) -> None:
@@ -275,8 +328,9 @@ def check_disk(sources: list[Source]) -> None:
     for source in sources:
         folder = next(parent for parent in source.to.parents if parent.exists())
         device = os.stat(folder).st_dev
-        whole = sum(count for count, _ in source.expected.values())
-        need[device] = need.get(device, 0) + whole * (2 if source.unpack else 1) - size(source.partial)
+        whole = sum(file.bytes for file in source.expected.values())
+        twice = source.unpack or any(matches(name, weights.PICKLED) for name in source.expected)
+        need[device] = need.get(device, 0) + whole * (2 if twice else 1) - size(source.partial)
         if need[device] > (free := shutil.disk_usage(folder).free):
             needs = f"{source.name} and those before it need {gigabytes(need[device])}"
             raise DataError(f"{needs} of disk, {gigabytes(free)} are free at {folder}: make room, or link it elsewhere")
@@ -297,7 +351,7 @@ def size(folder: Path) -> int:
 def progress(sources: list[Source]) -> None:
     """A bar of all downloads together; a line every half minute where no one watches."""
     there = {source.name: size(source.downloads) for source in sources}
-    total = sum(count for source in sources for count, _ in source.expected.values())
+    total = sum(file.bytes for source in sources for file in source.expected.values())
     say(f"{len(sources)} to download, {gigabytes(total)}")
     every = 1 if sys.stderr.isatty() else 30
     bar = tqdm(total=total, initial=sum(there.values()), unit="B", unit_scale=True, mininterval=0)
@@ -320,7 +374,7 @@ def attempts(source: Source, once: Callable):
                 causes.append(cause)
             if LOCAL & {getattr(c, "errno", None) for c in causes} or "No space left" in str(causes[-1]):
                 raise DataError(f"{causes[-1]}: mend that and run again, it continues") from None
-            text = re.sub(r"\?\S+|(?<=//)[^/@\s]+@", "", f"{causes[-1]}".split("\n")[0])  # no signatures, no secrets
+            text = scrub(str(causes[-1]).split("\n")[0])
             response = next((c.response for c in causes if getattr(c, "response", None) is not None), None)
             status = response.status_code if response is not None else 0
             if 400 <= status < 500 and status not in (408, 416, 429):
@@ -337,7 +391,7 @@ def attempts(source: Source, once: Callable):
 
 
 def get(source: Source, locks: dict, guard: threading.Lock) -> None:
-    """Downloads, checks, unpacks, puts in place."""
+    """Downloads, checks, unpacks, mends, puts in place; then locks what was trusted, and notes that it is whole."""
     source.downloads.mkdir(parents=True, exist_ok=True)
     for url in source.url or [""]:
         try:
@@ -348,41 +402,91 @@ def get(source: Source, locks: dict, guard: threading.Lock) -> None:
             if url == (source.url or [""])[-1]:
                 raise
             say(f"{source.name}: {error}; trying the mirror")
-    with guard:
-        locked = {"sha256": found} | ({"revision": source.revision} if source.repo else {})
-        if locked != locks.get(source.name):
-            trusted = [f"{file} has sha256 {digest}" for file, digest in found.items() if not source.expected[file][1]]
-            what = f"{source.repo}@{source.revision}" if source.repo else url
-            more = f", and {len(trusted) - 1} more files" if len(trusted) > 1 else ""
-            say(f"{source.name}: {what}" + (f"; trusted at first use: {trusted[0]}{more}" if trusted else ""))
-            locks[source.name] = locked
-            write(LOCK, json.dumps(locks, indent=1, sort_keys=True))
     path = source.downloads
     if source.unpack:
+        (name,) = found
         path = source.partial / "files"
-        unpack(source, source.downloads / next(iter(found)), path)
-    take(source, path / next(iter(found)) if source.to.suffix == ".json" else path)
+        try:
+            unpack(source, source.downloads / name, path)
+        except DataError as error:
+            if source.expected[name].pinned:
+                raise
+            shutil.rmtree(source.partial)  # what no one vouches for may be better the next time
+            raise DataError(f"{error}: deleted; run again to download it anew") from None
+    check_count(source, path)
+    mend(source, path)
+    if source.to.suffix == ".json":
+        (name,) = found
+        path = path / name
+    sums = {os.path.join(source.to, os.path.relpath(file, path)) if path.is_dir() else str(source.to): digest
+            for file, digest in hash_all(path).items()}  # fmt: skip
+    with guard:
+        pin(source, locks, found, url)
+    os.replace(path, source.to)
+    record(source, sums)
+    shutil.rmtree(source.partial, ignore_errors=True)
+
+
+def pin(source: Source, locks: dict, found: dict[str, str], url: str) -> None:
+    """Keeps the revision and the hashes of a whole source, and tells which of them no one vouched for."""
+    entry = {"sha256": found} | ({"revision": source.revision} if source.repo else {})
+    if entry == locks.get(source.name):
+        return
+    say(f"{source.name}: {f'{source.repo}@{source.revision}' if source.repo else url}")
+    trusted = [name for name in found if not source.expected[name].pinned]
+    heavy = [name for name in trusted if matches(name, weights.SAFE) or matches(name, weights.PICKLED)]
+    rest = [name for name in trusted if name not in heavy]
+    for name in heavy + rest[:1]:
+        more = f", and {len(rest) - 1} more files" if name in rest and len(rest) > 1 else ""
+        say(f"{source.name}: trusted at first use: {name} has sha256 {found[name]}{more}")
+    locks[source.name] = entry
+    write(LOCK, json.dumps(locks, indent=1, sort_keys=True))
+
+
+class Bounded(io.BufferedWriter):
+    """A file that takes no more than was announced."""
+
+    def __init__(self, path: Path, mode: str, count: int):
+        super().__init__(io.FileIO(str(path), mode))  # hf_transfer wants a str for a name
+        self.count = count
+
+    def write(self, data) -> int:
+        if self.tell() + len(data) > self.count:
+            self.truncate(0)
+            raise DataError(f"{os.path.basename(self.name)} goes on after the {self.count:,} bytes announced: deleted")
+        return super().write(data)
 
 
 def get_hub(source: Source) -> None:
-    from huggingface_hub import snapshot_download
+    """Each file by its name: what a listing says the second time is not asked."""
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
-    snapshot_download(
-        source.repo,
-        repo_type=source.type,
-        revision=source.revision,
-        local_dir=source.downloads,
-        allow_patterns=list(source.expected),
-        max_workers=AT_ONCE,
-    )
-    shutil.rmtree(source.downloads / ".cache", ignore_errors=True)  # its notes on what it was at
+    def get_file(name: str) -> None:
+        path, count = source.downloads / name, source.expected[name].bytes
+        partial = path.with_name(path.name + ".incomplete")
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        have = partial.stat().st_size if partial.exists() else 0
+        if have > count or constants.HF_HUB_ENABLE_HF_TRANSFER:  # which leaves holes
+            partial.unlink(missing_ok=True)
+            have = 0
+        url = hf_hub_url(source.repo, name, repo_type=source.type, revision=source.revision)
+        with Bounded(partial, "ab", count) as file:
+            http_get(url, file, resume_size=have, headers=build_hf_headers(), expected_size=count)
+        os.replace(partial, path)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(get_file, source.expected))
 
 
 def get_url(source: Source, url: str) -> None:
     """Appends what is still to come."""
     import requests
 
-    ((name, (count, _)),) = source.expected.items()
+    ((name, (count, *_)),) = source.expected.items()
     path = source.downloads / name
     have = path.stat().st_size if path.exists() else 0
     if have == count:
@@ -395,7 +499,7 @@ def get_url(source: Source, url: str) -> None:
         length = response.headers.get("Content-Range", response.headers.get("Content-Length", "")).rsplit("/", 1)[-1]
         if length != str(count):
             raise DataError(f"{url} has {length} bytes, not {count}")
-        with open(path, "ab" if response.status_code == 206 else "wb") as file:
+        with Bounded(path, "ab" if response.status_code == 206 else "wb", count) as file:
             for chunk in response.iter_content(1 << 18):
                 file.write(chunk)
 
@@ -403,11 +507,17 @@ def get_url(source: Source, url: str) -> None:
 def check_hashes(source: Source) -> dict[str, str]:
     """{file: sha256} of a finished download; a wrong one is deleted."""
     found = {os.path.relpath(path, source.downloads): digest for path, digest in hash_all(source.downloads).items()}
+    for file in found.keys() - source.expected.keys():  # left by a process that was killed
+        (source.downloads / file).unlink()
+        del found[file]
     for file, digest in found.items():
-        _, right = source.expected.get(file, (0, "none: the source has no such file"))
+        right = source.expected[file].sha256
         if right not in ("", digest):
             (source.downloads / file).unlink()
-            raise DataError(f"{file} has sha256 {digest}, not {right}: deleted")
+            hint = ""
+            if source.expected[file].pinned and not source.sha256:
+                hint = f"; the other is in {LOCK} since its first use: if this one is right, remove {source.name} there"
+            raise DataError(f"{file} has sha256 {digest}, not {right}: deleted{hint}")
     return found
 
 
@@ -437,8 +547,10 @@ def checked_members(source: Source, archive: zipfile.ZipFile, count: int) -> dic
     members = {}
     for member in archive.infolist():
         name, kind = member.filename, stat.S_IFMT(member.external_attr >> 16)
-        if {"", ".", ".."} & set(name.removesuffix("/").split("/")) or "\\" in name or "\n" in name:
-            raise zipfile.BadZipFile(f"{name!r} leads out of its folder")
+        try:
+            checked_name(name.removesuffix("/"))
+        except ValueError as error:
+            raise zipfile.BadZipFile(str(error)) from None
         if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
             raise zipfile.BadZipFile(f"{name!r} is a link or a device")
         if name in members:
@@ -459,6 +571,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("experiment")
     parser.add_argument("--offline", action="store_true", help="no network: only check, and name what is missing")
     parser.add_argument("--verify", action="store_true", help="hash every file again")
+    parser.add_argument("--decode", action="store_true", help="decode every picture whole, not only its header")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # at once: it all continues
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -471,11 +584,11 @@ def main(argv: list[str]) -> int:
         if not problems:
             problems = list(filter(None, (lacking(source, args.verify) for source in sources)))
         if not problems:
-            problems = list(filter(None, (check_images(*stage) for stage in stages.items())))
+            problems = [problem for stage in stages for problem in rows.check(stage, args.decode)]
     except config.ConfigError as error:
         print(f"config: {error}", file=sys.stderr)
         return 2
-    except (DataError, OSError) as error:
+    except (DataError, OSError, ValueError) as error:
         problems = [str(error)]
     for problem in problems:
         say(problem)
