@@ -13,8 +13,8 @@ setup:                    ## make .venv, clone stock LLaVA, patch it
 	scripts/setup/upstream.sh
 	scripts/setup/patch.sh
 
-test: setup               ## set up everything and run the tests
-	.venv/bin/python -m pytest
+test: setup               ## set up everything and run the tests; prints their coverage
+	.venv/bin/python -m pytest --cov
 
 test-pins: setup          ## what needs other environments (installs 15 GB more)
 	.venv/bin/python -m pytest -m pins

@@ -193,6 +193,8 @@ def test_a_signal_while_writing_leaves_all_or_none(stock, tmp_path, number):
     code = f"""if True:
         import os, signal, sys
         from vista_patch.__main__ import main
+        # A job in a shell's background inherits that SIGINT is ignored.
+        signal.signal(signal.{number}, signal.default_int_handler if {number == "SIGINT"} else signal.SIG_DFL)
         replace = os.replace
         os.replace = lambda *files: [os.kill(os.getpid(), signal.{number}), replace(*files)]
         sys.exit(main())"""
