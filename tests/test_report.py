@@ -129,6 +129,8 @@ def test_scores_and_verdicts(run):
     log = runs.load_log(run / "seed0/llava-tiny-vista-finetune")
     assert len(log["ce"]) == 40 and len(log["vista"]) == 36  # a step of text alone has no term
     text = (run / "report.md").read_text()
+    first = [text.index(f"](figures/llava-tiny/{name}.png)") for name in ("scores", "differences")]
+    assert sorted([*first, text.index("\n|"), text.index("\n- ")]) == [*first, text.index("\n|"), text.index("\n- ")]
     assert "NO COMPARISON" not in text and text.count("llava-tiny sees") == 2
     assert re.search(
         r"llava-tiny-vista: the mean relative gain over llava-tiny is \+.*better in this one run each", text
@@ -676,7 +678,7 @@ def test_nothing_that_a_file_says_is_markup(hostile, listener, tmp_path, capsys)
     assert {tag for tag, _ in found} <= set(tags.split()) and secret not in page
     assert {name for _, attributes in found for name in attributes} <= {"alt", "src", "class"}
     sources = [attributes["src"] for tag, attributes in found if tag == "img"]
-    assert len(sources) == 9 and all(source.startswith("data:image/png;base64,i") for source in sources)
+    assert len(sources) == 11 and all(source.startswith("data:image/png;base64,i") for source in sources)
     dom = dump_dom(hostile / "report.html", tmp_path)
     assert "<title>VISTA against its baseline: " in dom and "owned'</title>" not in dom and not listener.asked
     assert dom.count("<table>") == 5 and dom.count("<h1>") == 1  # no row and no heading of a stranger's
@@ -758,7 +760,7 @@ FRAME = """<!doctype html><iframe width="{width}" height="900" style="border: 0"
 
 @browser
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("which, tables, images", [("run", 5, 4), ("suite_run", 7, 1)])
+@pytest.mark.parametrize("which, tables, images", [("run", 5, 6), ("suite_run", 7, 4)])
 def test_page_in_a_browser(request, tmp_path, which, tables, images, width):
     folder = request.getfixturevalue(which)
     if which == "run":

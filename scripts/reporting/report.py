@@ -28,6 +28,19 @@ from scripts.reporting.runs import Run, load_runs
 from scripts.reporting.statistics import RESAMPLES
 
 PNG = b"\x89PNG\r\n\x1a\n"
+FIRST = {
+    "scores": "each variant's score in each column, with its interval",
+    "differences": "each variant's difference to the baseline in each column, with its interval",
+}
+LOSSES = {
+    "loss_stage_1": "stage 1, cross-entropy of all variants and each VISTA term, by step",
+    "loss_stage_2": "stage 2, the same",
+}
+CAPTIONS = {  # whether these are the paper's tables
+    False: "First picture: what each variant gets right, and in grey what is right without the image. A baseline whose "
+    "interval reaches into the grey is not known to see.",
+    True: "First picture: how far each score is from the paper's.",
+}
 PACKAGES = ("lmms-eval", "torch", "transformers", "deepspeed", "numpy", "scipy", "matplotlib")
 
 
@@ -146,6 +159,8 @@ def prose(
     return {
         "warnings": [sentence for sentence in said if verdicts.is_warning(sentence)],
         "said": [sentence for sentence in said if not verdicts.is_warning(sentence)],
+        "first": side_by_side(groups, FIRST),
+        "caption": Markdown(CAPTIONS[of_paper]),
         "missing": r["missing"],
         "of_paper": of_paper,
         "n_seeds": max(len(group["seeds"]) for group in groups.values()),
@@ -158,7 +173,7 @@ def prose(
         "follow": sum(row.follows for row in deltas),
         "of": len(deltas),
         "paper_deltas": tables.paper_deltas(deltas),
-        "losses": losses(groups),
+        "losses": side_by_side(groups, LOSSES),
         "maps": [picture(f"similarity maps: {path}", path) for path in maps],
         "probed": probed(groups),
         "date": r["date"],
@@ -178,14 +193,12 @@ def code(content: Any) -> Markdown:
     return Markdown(json.dumps(content, indent=1, ensure_ascii=False))
 
 
-def losses(groups: Mapping[str, Any]) -> list[Markdown]:
-    """Each backbone's loss curves, side by side."""
-    said = {"loss_stage_1": "stage 1: cross-entropy of all variants and each VISTA term, by step",
-            "loss_stage_2": "stage 2: the same"}  # fmt: skip
+def side_by_side(groups: Mapping[str, Any], alts: Mapping[str, str]) -> list[Markdown]:
+    """For each backbone, those of these pictures that it has. alts: what each picture shows, by its name."""
     return [
-        Markdown(" ".join(picture(f"{baseline}, {said[name]}", f"figures/{baseline}/{name}.png") for name in drawn))
+        Markdown(" ".join(picture(f"{baseline}: {alts[name]}", f"figures/{baseline}/{name}.png") for name in drawn))
         for baseline, group in groups.items()
-        if (drawn := [name for name in said if name in group["figures"]])
+        if (drawn := [name for name in alts if name in group["figures"]])
     ]
 
 
