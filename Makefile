@@ -41,7 +41,7 @@ lint: setup               ## check style, types and shell
 	.venv/bin/hadolint docker/Dockerfile
 
 lock:                     ## resolve docker/locks/*.in into the hash-locked *.txt
-	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10; do \
+	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10 uv:3.10; do \
 	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
 	        -o docker/locks/$${name%:*}.txt; \
 	done

@@ -13,9 +13,10 @@ case $command in
 esac
 case $command in
     reproduce | train | eval | probe | data | doctor) exec "scripts/$command.sh" "$@" ;;
+    cost) exec .venv/bin/python -m scripts.training.cost "$@" ;;
     report) exec .venv/bin/python -m scripts.reporting.report "$@" ;;
     smoke) exec ci/smoke.sh "$@" ;;
     verify) exec .venv/bin/python docker/verify.py ;;
     shell) exec bash "$@" ;;
-    *) echo "vista: no command '$command': choose reproduce, train, eval, probe, data, doctor, report, smoke, verify or shell" >&2 && exit 2 ;;
+    *) echo "vista: no command '$command': choose reproduce, train, eval, probe, data, doctor, cost, report, smoke, verify or shell" >&2 && exit 2 ;;
 esac

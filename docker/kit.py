@@ -1,15 +1,20 @@
 """Builds and runs the kit's image through Docker's SDK.
 
     .venv/bin/python docker/kit.py build [--base IMAGE] [--build-arg NAME=VALUE]... [--network MODE] cpu|cuda
-    .venv/bin/python docker/kit.py run [--results DIR] [--data DIR] [--network MODE] [--dry-run] cpu|cuda COMMAND...
+    .venv/bin/python docker/kit.py run [--results DIR] [--data DIR] [--env NAME[=VALUE]]... [--network MODE] [--dry-run]
+                                       cpu|cuda COMMAND...
+    .venv/bin/python docker/kit.py variables        what docs/variables.md holds
 
-`run` is `docker run` with what training needs: all GPUs (cuda), shared memory, your user id (1000 for root), a
-read-only root with DIRs mounted for what is written; COMMAND is docker/entrypoint.sh's. --dry-run prints that
+`run` is `docker run` with what training needs: all GPUs (cuda; CUDA_VISIBLE_DEVICES chooses among them), shared memory,
+your user id (1000 for root), a read-only root with DIRs mounted for what is written; COMMAND is docker/entrypoint.sh's.
+The variables of docker/variables.toml go along, and so does what they name; --env adds others. --dry-run prints that
 `docker run` line. Signals go to the container, and its exit code comes back.
 """
 
 import argparse
+import csv
 import hashlib
+import io
 import os
 import re
 import shlex
@@ -18,18 +23,24 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import docker
 import tomllib
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount, Ulimit
 
+from scripts.outside import scrub
+
 ROOT = Path(__file__).parents[1]
 NEED_GB = {"cpu": 20, "cuda": 60}  # to build; cpu makes an image of 9.8 GB, cuda's is not known yet
 
 
-def fail(message: str) -> None:
-    sys.exit(f"docker: {message}")
+VARIABLES = tomllib.loads(Path(__file__).with_name("variables.toml").read_text("utf-8"))
+
+
+def fail(message: str) -> NoReturn:
+    sys.exit(f"docker: {scrub(message)}")
 
 
 def engine() -> docker.DockerClient:
@@ -45,7 +56,7 @@ def engine() -> docker.DockerClient:
 def labels() -> dict[str, str]:
     """Every pin: the upstreams' commits, each lock's hash and the versions in it that decide most."""
     upstreams = tomllib.loads((ROOT / "patches/upstreams.toml").read_text())
-    pins = {f"vista.upstream.{name}": f"{upstream['url']}@{upstream['commit']}" for name, upstream in upstreams.items()}
+    pins = {f"vista.upstream.{name}": scrub(f"{pin['url']}@{pin['commit']}") for name, pin in upstreams.items()}
     for lock in (ROOT / "docker/locks").glob("*.txt"):
         pins[f"vista.lock.{lock.stem}"] = f"sha256:{hashlib.sha256(lock.read_bytes()).hexdigest()}"
         for name, version in re.findall(r"(?m)^(torch|transformers|deepspeed|lmms-eval)==([^ ]+)", lock.read_text()):
@@ -57,6 +68,11 @@ def build(args) -> None:
     for pair in args.build_arg:
         if "=" not in pair:
             fail(f"--build-arg '{pair}': give NAME=VALUE")
+        if scrub(pair) != pair:
+            fail(f"--build-arg {pair}: a password, query or token would stay in the image's history: leave it out")
+    if args.target == "cuda" and not (ROOT / "docker/locks/flash_attn.sha256").exists():
+        why = "no one has committed docker/locks/flash_attn.sha256 yet; the build prints its hash"
+        print(f"docker: flash-attn's wheel is trusted as it comes: {why}", file=sys.stderr)
     client = engine()
     folder = client.info()["DockerRootDir"]
     if Path(folder).is_dir() and (free := shutil.disk_usage(folder).free / 2**30) < NEED_GB[args.target]:
@@ -77,23 +93,60 @@ def build(args) -> None:
         fail(f"the build of {args.target} failed: {error}")
 
 
-# What the scripts take from the environment, where the caller's has it.
-PASSED = (
-    "RANKS",
-    "PER_DEVICE",
-    "REPORT_TO",
-    "MMBENCH_JUDGE",
-    "MMBENCH_MODEL",
-    "OPENAI_API_KEY",
-    "HF_TOKEN",
-    "HF_ENDPOINT",
-)
+def spelled(name: str) -> list[str]:
+    """A variable's name as programs look for it: proxies' are written in small letters too."""
+    return [name, name.lower()] if name.endswith("_PROXY") else [name]
+
+
+def mounted(source: str | Path, target: str, read_only: bool = False) -> Mount:
+    source = Path(source).absolute()
+    if not str(source).isprintable():
+        fail(f"{str(source)!r}: a path with control characters cannot be mounted")
+    return Mount(target, str(source), type="bind", read_only=read_only)
+
+
+def taken_along(uid: int, more: list[str]) -> tuple[dict[str, str], list[Mount]]:
+    """The variables that a container gets, and the mounts of what they name."""
+    for pair in more:
+        name, given, value = pair.partition("=")
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            fail(f"--env {pair!r}: give NAME or NAME=VALUE")
+        if given:
+            os.environ[name] = value
+        elif name not in os.environ:
+            fail(f"--env {name}: this variable is not set here")
+    environment = {pair.partition("=")[0]: os.environ[pair.partition("=")[0]] for pair in more}
+    mounts = []
+    for variable, about in VARIABLES.items():
+        for name in spelled(variable):
+            if about["container"] not in ("passed", "file", "folder") or not os.environ.get(name):
+                continue
+            environment[name] = os.environ[name]
+            if about["container"] != "passed":
+                path = Path(os.environ[name])
+                if not (path.is_file() if about["container"] == "file" else path.is_dir()):
+                    fail(f"{name}={path}: there is no such {about['container']}")
+                if not may(path, uid, os.R_OK):
+                    fail(f"{name}={path}: user {uid}, who runs the container, may not read it")
+                environment[name] = f"/run/vista/{name}"
+                mounts.append(mounted(path, environment[name], read_only=about["container"] == "file"))
+    return environment, mounts
+
+
+def may(path: Path, uid: int, how: int) -> bool:
+    """Whether the container's user may read or write `path`; root may all, so for another its owner and mode tell."""
+    if uid == os.getuid():
+        return os.access(path, how)
+    found = path.stat()
+    return bool(found.st_mode & (how << 6 if found.st_uid == uid else how))
 
 
 def run(args) -> int:
     image = f"vista-kit:{args.target}"
     uid, gid = (os.getuid(), os.getgid()) if os.getuid() else (1000, 1000)
     folders = {Path(args.results).absolute(): "results", Path(args.data).absolute(): "data"}
+    environment, mounts = taken_along(uid, args.env)
+    mounts = [mounted(folder, f"/opt/vista/{name}") for folder, name in folders.items()] + mounts
     cuda = args.target == "cuda"
     options = {
         "user": f"{uid}:{gid}",
@@ -102,8 +155,8 @@ def run(args) -> int:
         "shm_size": "16g" if cuda else "1g",
         "network_mode": args.network,
         "tmpfs": {"/tmp": "exec"},
-        "environment": {name: os.environ[name] for name in PASSED if name in os.environ},
-        "mounts": [Mount(f"/opt/vista/{name}", str(folder), type="bind") for folder, name in folders.items()],
+        "environment": environment,
+        "mounts": mounts,
     }
     if cuda:
         options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
@@ -112,21 +165,29 @@ def run(args) -> int:
         words = ["docker", "run", "--rm", "--init", "--read-only", "--tmpfs", "/tmp:exec", "--user", options["user"]]
         words += ["--shm-size", options["shm_size"], *(["--network", args.network] if args.network else [])]
         words += ["--gpus", "all", "--ulimit", "memlock=-1"] if cuda else []
-        for name in options["environment"]:
-            words += ["--env", name]  # docker takes the value over: no secret is printed
-        for folder, name in folders.items():
-            words += ["--mount", f"type=bind,source={folder},target=/opt/vista/{name}"]
+        for name, value in environment.items():
+            # docker takes the value over: no secret is printed
+            words += ["--env", f"{name}={value}" if value == f"/run/vista/{name}" else name]
+        for mount in mounts:
+            parts = ["type=bind", f"source={mount['Source']}", f"target={mount['Target']}"]
+            parts += ["readonly"] if mount["ReadOnly"] else []
+            line = io.StringIO()  # docker reads these as a line of CSV: a comma in a path needs quotes
+            csv.writer(line, lineterminator="").writerow(parts)
+            words += ["--mount", line.getvalue()]
+        if given := [pair.partition("=")[0] for pair in args.env if "=" in pair]:
+            print(f"docker: set {', '.join(given)} before you run this line, which has no values", file=sys.stderr)
         print(shlex.join([*words, image, *args.command]))
         return 0
     for folder in folders:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.getuid():
-                os.chown(folder, uid, gid)
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                if not os.getuid():
+                    os.chown(folder, uid, gid, follow_symlinks=False)
         except OSError as error:
             fail(f"{folder} cannot be made: {error.strerror}")
-        if not os.access(folder, os.W_OK):
-            fail(f"user {uid} may not write to {folder}: give it to that user, or name another folder")
+        if not may(folder, uid, os.W_OK):
+            fail(f"user {uid} may not write to {folder}: give it to that user (chown {uid}), or name another folder")
     client = engine()
     try:
         container = client.containers.create(image, args.command, **options)
@@ -152,8 +213,26 @@ def run(args) -> int:
         container.remove(force=True)
 
 
+def variables(args) -> None:
+    """Prints docs/variables.md."""
+    how = {
+        "passed": "yes", "file": "yes, with the file that it names, read-only", "folder": "yes, with that folder",
+        "set": "set there", "outside": "no",
+    }  # fmt: skip
+    print(
+        "# Variables\n\nWhat the kit's scripts read from the environment. `scripts/docker_run.sh` passes those marked"
+    )
+    print("`yes` to the container; `--env NAME` passes any other. This page is made of `docker/variables.toml`:")
+    print("`.venv/bin/python docker/kit.py variables > docs/variables.md`.\n")
+    print("| variable | what it is | in the container |\n|---|---|---|")
+    for name, about in VARIABLES.items():
+        print(f"| `{name}` | {about['what']} | {how[about['container']]} |")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="docker/kit.py", usage=__doc__.partition("\n\n")[2].partition("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="docker/kit.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="action", required=True)
     for name, action in (("build", build), ("run", run)):
         command = commands.add_parser(name)
@@ -166,8 +245,10 @@ def main() -> int:
         else:
             command.add_argument("--results", default="results")
             command.add_argument("--data", default="data")
+            command.add_argument("--env", action="append", default=[], metavar="NAME[=VALUE]")
             command.add_argument("--dry-run", action="store_true")
             command.add_argument("command", nargs=argparse.REMAINDER)
+    commands.add_parser("variables").set_defaults(action=variables)
     args = parser.parse_args()
     return args.action(args) or 0
 

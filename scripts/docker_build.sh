@@ -1,4 +1,6 @@
 #!/usr/bin/env bash
 # docker/kit.py build; see there.
 set -euo pipefail
-exec "$(dirname "$0")/../.venv/bin/python" "$(dirname "$0")/../docker/kit.py" build "$@"
+root=$(dirname "$0")/..
+[[ -x $root/.venv/bin/python ]] || { echo "docker: .venv is missing: run make setup" >&2 && exit 2; }
+exec "$root/.venv/bin/python" "$root/docker/kit.py" build "$@"

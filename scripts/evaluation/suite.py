@@ -20,14 +20,17 @@ from pathlib import Path
 import tomllib
 import yaml
 
-COLUMNS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())["column"]
+from scripts.outside import checked_name, scrub
+
+COLUMNS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["column"]
 STOCK_JUDGE = "gpt-3.5-turbo-0613"  # of lmms_eval/tasks/mmbench/mmbench.yaml
 
 
 def view(data: Path, name: str) -> Path:
     """The data set data/OWNER/NAME for datasets 2.16.1, which fails where the first config of its card is not there: a
-    folder of links, with a card that names what is there. At the same place each time, by which its conversions are
-    cached. Raises ValueError where the data set is not there, or not all of it."""
+    folder of links to what holds data files alone (`datasets` runs a script OWNER/NAME/NAME.py), with a card that names
+    what is there. At the same place each time, by which its conversions are cached. Raises ValueError where the data
+    set is not there, or not all of it, or its card names files outside."""
     folder, card = data / name, data / name / "README.md"
     files = list(folder.rglob("*.parquet"))
     if not files or not card.exists():
@@ -37,13 +40,39 @@ def view(data: Path, name: str) -> Path:
             there, count = len(list(path.parent.glob(f"{match[1]}*-of-{match[2]}*"))), int(match[2])
             if there < count:
                 raise ValueError(f"{path.parent} has {there} of {count} {match[1]}* files: download {name} again")
-    text = card.read_text()
-    head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
+    text = card.read_text("utf-8")
+    try:
+        head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
+        text = narrowed(folder, head) or text
+    except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{card} is no card of a data set: {scrub(str(error))}") from None
+    view = data / ".cache/sets" / name
+    view.mkdir(parents=True, exist_ok=True)
+    # Folders, not files: `datasets` finds no file that is a link.
+    links = {view / part: folder / part for part in {path.relative_to(folder).parts[0] for path in files}}
+    for old in view.iterdir():  # of an earlier kit, or of files that are gone
+        if old.is_symlink() and old not in links:
+            old.unlink()
+    for link, path in links.items():
+        if not link.is_symlink() or link.readlink() != path.absolute():
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.absolute())
+    if not (view / card.name).exists() or (view / card.name).read_text("utf-8") != text:
+        partial = view / f"{os.getpid()}.partial"
+        partial.write_text(text, "utf-8")
+        partial.rename(view / card.name)
+    return view
+
+
+def narrowed(folder: Path, head: dict) -> str:
+    """A card's text with those of its configs whose files are in the folder; "" where it has no configs."""
     if "configs" in head:
 
         def there(data_files: str | dict | list) -> bool:
-            return any(any(folder.glob(p)) for p in patterns(data_files))
+            return any(any(folder.glob(checked_name(pattern))) for pattern in patterns(data_files))
 
+        for config in head["configs"]:
+            checked_name(config.get("data_dir") or "x")
         configs = [config for config in head["configs"] if there(config.get("data_files", "*"))]
         for config in configs:  # and of its splits those that are there, without the row counts of all
             if isinstance(config.get("data_files"), list):
@@ -51,19 +80,8 @@ def view(data: Path, name: str) -> Path:
         infos = head.get("dataset_info", [])
         for info in infos if isinstance(infos, list) else [infos]:
             info.pop("splits", None)
-        text = f"---\n{yaml.safe_dump(head | {'configs': configs})}---\n"
-    view = data / ".cache/sets" / name
-    view.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        link = view / path.name
-        if path != card and not link.exists():
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.absolute())
-    if not (view / card.name).exists() or (view / card.name).read_text() != text:
-        partial = view / f"{os.getpid()}.partial"
-        partial.write_text(text)
-        partial.rename(view / card.name)
-    return view
+        return f"---\n{yaml.safe_dump(head | {'configs': configs})}---\n"
+    return ""
 
 
 def patterns(data_files: str | dict | list) -> list[str]:
@@ -108,7 +126,7 @@ def judge() -> str | None:
         reply.json()["choices"][0]["message"]["content"].strip()
     except (requests.RequestException, ValueError, LookupError, TypeError, AttributeError) as error:
         return (
-            f"MMBench's judge, {model} at {url}, does not answer ({type(error).__name__}: {error}): "
+            f"MMBench's judge, {model} at {scrub(url)}, does not answer ({type(error).__name__}: {scrub(str(error))}): "
             "check MMBENCH_JUDGE, MMBENCH_MODEL and OPENAI_API_KEY"
         )
     return None

@@ -29,15 +29,35 @@ fi
 if [[ ! -x .uv/bin/uv ]]; then
     echo "env: installing uv into .uv"
     python3 -m venv .uv || { echo "env: python3 -m venv failed: install your system's python3-venv package" >&2; exit 1; }
-    .uv/bin/pip install --quiet uv==0.13.9
+    .uv/bin/pip install --quiet --require-hashes -r docker/locks/uv.txt
 fi
+# uv reads none of pip's settings: what pip's files and variables say of indexes and certificates is handed on to it,
+# where uv's own variables do not say otherwise.
+settings=$(.uv/bin/pip config list)
+pip_says() {
+    local where value
+    for where in :env: install global; do
+        value=$(sed -n "s/^$where\.$1='\(.*\)'$/\1/p" <<<"$settings")
+        [[ ! $value ]] || break
+    done
+    xargs <<<"${value//'\n'/ }"
+}
+hand_on() { # VARIABLE of uv, SETTING of pip
+    local value
+    value=$(pip_says "$2")
+    [[ ! $value || ${!1:-} ]] || export "$1=$value"
+}
+hand_on UV_DEFAULT_INDEX index-url
+hand_on UV_INDEX extra-index-url
+hand_on UV_INSECURE_HOST trusted-host
+hand_on SSL_CERT_FILE cert
 # torch's CPU build is on the PyTorch index, or in a folder of wheels that pip already knows of.
 torch_source=()
 if [[ $name == cpu ]]; then
-    links=$(.uv/bin/pip config list | sed -n "s/^.*find-links='\(.*\)'$/\1/p" | tr ' ' '\n' | sort -u | paste -sd, -)
+    links=$(sed -n "s/^.*find-links='\(.*\)'$/\1/p" <<<"$settings" | tr ' ' '\n' | sort -u | paste -sd, -)
     if [[ -n $links ]] && compgen -G "${links%%,*}/torch-*+cpu-*.whl" >/dev/null; then
         export UV_FIND_LINKS=$links
-    else
+    elif [[ ${UV_INDEX:-} != */whl/cpu* ]]; then # a mirror of that index
         torch_source=(--torch-backend cpu)
     fi
 fi
