@@ -5,7 +5,8 @@ import re
 import unicodedata
 from fnmatch import fnmatchcase
 
-SECRET = re.compile(r"(?<=//)[^/\s]+@|\?[^\s'\"]*=[^\s'\"]*|\bhf_\w{8,}")  # user:password@, ?query=..., a hub's token
+# user:password@, ?query=..., the tokens of the hub and of OpenAI
+SECRET = re.compile(r"(?<=//)[^/\s]+@|\?[^\s'\"]*=[^\s'\"]*|\bhf_\w{8,}|\bsk-[\w-]{16,}")
 
 
 def checked_name(name: str) -> str:

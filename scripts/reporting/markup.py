@@ -8,7 +8,6 @@ import base64
 import hashlib
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,11 @@ import jinja2
 from markdown import markdown
 from markupsafe import Markup
 
+from scripts.outside import scrub
+
 TEMPLATES = jinja2.FileSystemLoader(Path(__file__).parent / "templates", encoding="utf-8")
 # What Markdown reads as markup, wherever it stands in a line or a table's cell.
 MARKUP = re.compile(r"[&>*`|\\]|<(?=\S)|(?<![^\W_])_|_(?![^\W_])|\](?=\s*[\[(:])|^\s*[#+>~=-](?!\d)|^\s*\d+(?=[.)]\s)")
-
-
-SECRET = re.compile(
-    r"(?<=//)[^/\s]+@|\?[^\s'\"]*=[^\s'\"]*|\bhf_\w{8,}|\bsk-[\w-]{16,}|(?i:(?<=bearer )|(?<=token=))[^\s'\"]+"
-)
 
 
 class Markdown(str):
@@ -41,11 +37,7 @@ def plain(text: str) -> str:
         text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half of a pair, which JSON may hold
         text = text.encode("utf-8", "backslashreplace").decode()
-    text = SECRET.sub("", text)
-    return "".join(
-        letter if unicodedata.category(letter) not in ("Cc", "Cf", "Zl", "Zp") else ascii(letter)[1:-1]
-        for letter in text
-    )
+    return scrub(text)
 
 
 def escape(value: Any) -> Any:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.evaluation.results import ODD, ResultError
-from scripts.reporting import comparison, figures, paper, tables, verdicts
+from scripts.reporting import calibration, comparison, figures, paper, tables, verdicts
+from scripts.reporting.calibration import FLIPS, Calibration
 from scripts.reporting.markup import Markdown, clean, page, picture, plain, render
 from scripts.reporting.paper import ROWS
 from scripts.reporting.runs import Run, load_runs
@@ -58,6 +59,7 @@ def write(folder: Path) -> list[str]:
         pictures = figures.draw(run, group)
         group["figures"] = list(pictures)
         drawn |= {f"figures/{baseline}/{name}.png": png for name, png in pictures.items()}
+    calibrations = calibration.load(folder, {name for group in groups.values() for name in group["table"]})
     deltas = paper.deltas() if groups.keys() & ROWS.keys() else []
     r: dict[str, Any] = {
         "resamples": RESAMPLES,
@@ -66,13 +68,16 @@ def write(folder: Path) -> list[str]:
         "missing": missing,
     }
     r |= {"paper_deltas": [asdict(row) for row in deltas], "maps": list(found)}
+    r["calibration"] = {
+        c.name: {"state": c.state, "checks": [asdict(check) for check in c.checks]} for c in calibrations
+    }
     r["versions"] = {name: importlib.metadata.version(name) for name in PACKAGES}
     r["versions"]["python"] = platform.python_version()
     r["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     r["manifests"] = manifests
     r = clean(r)
     numbers = json.dumps(r, indent=1, allow_nan=False)
-    text = render("report.md.j2", run=folder.as_posix(), **prose(r, groups, deltas, list(found)))
+    text = render("report.md.j2", run=folder.as_posix(), **prose(r, groups, deltas, list(found), calibrations))
     html = page(text, folder.as_posix(), drawn)
     for path in drawn:
         check_inside((folder / path).parent, folder)
@@ -82,6 +87,7 @@ def write(folder: Path) -> list[str]:
     for name, content in {"report.json": numbers, "report.md": text, "report.html": html}.items():
         save(folder / name, content.encode("utf-8", "backslashreplace"))
     said = [line for group in groups.values() for line in group["verdicts"]]
+    said += [c.sentence() for c in calibrations]
     return [plain(line) for line in (*said, *(f"missing: {line}" for line in missing), str(folder / "report.html"))]
 
 
@@ -149,11 +155,16 @@ def save(path: Path, content: bytes) -> None:
 
 
 def prose(
-    r: Mapping[str, Any], groups: Mapping[str, Any], deltas: list[paper.Delta], maps: list[str]
+    r: Mapping[str, Any],
+    groups: Mapping[str, Any],
+    deltas: list[paper.Delta],
+    maps: list[str],
+    calibrations: list[Calibration],
 ) -> dict[str, Any]:
     """What the template shows."""
     columns, of_paper = r["columns"], bool(deltas)
     said = [sentence for group in groups.values() for sentence in group["verdicts"]]
+    said += [c.sentence() for c in calibrations if c.state != "missing"]
     by_task = {column["task"]: column for column in columns.values()}
     versions = ((task, column["version"]) for task, column in by_task.items())
     return {
@@ -163,13 +174,18 @@ def prose(
         "caption": Markdown(CAPTIONS[of_paper]),
         "missing": r["missing"],
         "of_paper": of_paper,
-        "n_seeds": max(len(group["seeds"]) for group in groups.values()),
+        "groups": bool(groups),
+        "n_seeds": max((len(group["seeds"]) for group in groups.values()), default=0),
         "blind": any(group["blind"] for group in groups.values()),
         "scores": [(number, tables.scores(groups, some, number)) for number, some in tables.by_table(columns)],
         "settings": tables.settings(groups),
         "resamples": f"{RESAMPLES:,}",
         "differences": tables.differences(groups, columns, of_paper),
-        "levels": tables.levels(groups),
+        "levels": tables.levels(groups, calibrations),
+        "calibrations": [(c.name, c.sentence(), tables.calibration(c)) for c in calibrations],
+        "flips": f"{100 * FLIPS:.0f}",
+        "findings": paper.findings() if of_paper or calibrations else [],
+        "incomparable": paper.PAPER.incomparable,
         "follow": sum(row.follows for row in deltas),
         "of": len(deltas),
         "paper_deltas": tables.paper_deltas(deltas),

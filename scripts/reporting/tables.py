@@ -1,12 +1,12 @@
 """The report's tables, as Markdown."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from scripts.reporting.calibration import Calibration
 from scripts.reporting.markup import Markdown, escape, table
-from scripts.reporting.paper import PAPER, ROWS, Delta
+from scripts.reporting.paper import ROWS, Delta
 from scripts.reporting.verdicts import ci
 from vista_patch.config import FLAGS
 
@@ -132,8 +132,9 @@ def cited(interval: Mapping[str, Any], of_paper: bool) -> list[str]:
     return [signed(interval["paper"]) if "paper" in interval else "", interval.get("verdict", "")]
 
 
-def levels(groups: Groups) -> Markdown:
-    """Each score beside the paper's."""
+def levels(groups: Groups, calibrations: Iterable[Calibration]) -> Markdown:
+    """Each score beside the paper's and, where its backbone's public checkpoint is evaluated, what that says."""
+    known = {c.row: {k.column: k.verdict for k in c.checks} for c in calibrations if c.state != "missing"}
     rows = []
     for group in groups.values():
         for name, cells in group["table"].items():
@@ -141,8 +142,30 @@ def levels(groups: Groups) -> Markdown:
                 if cell and "paper" in cell:
                     error = NONE if cell["stderr"] is None else f"{cell['stderr']:.2f}"
                     here, off = f"{cell['score']:.2f} ± {error}", signed(cell["score"] - cell["paper"])
-                    rows.append([name, column, f"{cell['n']:,}", f"{cell['paper']:.2f}", here, off, cell["verdict"]])
-    return table(["Method", "Column", "n", "Paper", "Here", "Difference", "Verdict"], rows)
+                    row = [name, column, f"{cell['n']:,}", f"{cell['paper']:.2f}", here, off, cell["verdict"]]
+                    rows.append([*row, known.get(group["baseline"], {}).get(column, "not known")] if known else row)
+    harness = ["Public checkpoint"] if known else []
+    return table(["Method", "Column", "n", "Paper", "Here", "Difference", "Verdict", *harness], rows)
+
+
+def calibration(found: Calibration) -> Markdown:
+    """A public checkpoint's columns: the paper's, its authors', and here."""
+
+    def number(value: float | None) -> str:
+        return NONE if value is None else f"{value:.2f}"
+
+    rows = [
+        [
+            check.column,
+            number(check.paper),
+            NONE if check.published is None else f"{check.published:.1f}",
+            NONE if check.here is None else f"{check.here:.2f} ± {number(check.stderr)}",
+            NONE if check.off is None else signed(check.off),
+            check.verdict,
+        ]
+        for check in found.checks
+    ]
+    return table(["Column", "Paper", "Its authors", "Here", "Difference", "Verdict"], rows)
 
 
 def paper_deltas(rows: Iterable[Delta]) -> Markdown:
@@ -157,10 +180,6 @@ def paper_deltas(rows: Iterable[Delta]) -> Markdown:
         for row in rows
     ]
     return table(["Method", "Table", "Printed", "From its scores", "Follows"], lines)
-
-
-def incomparable() -> Markdown:
-    return table(["Numbers", "Why"], [list(asdict(entry).values()) for entry in PAPER.incomparable])
 
 
 def maps(groups: Groups) -> Markdown:
