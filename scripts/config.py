@@ -1,6 +1,6 @@
 """Named experiments: scripts/configs/NAME.toml as flags of stock train.py.
 
-python -m scripts.config NAME get KEY           a top-level key, one value per line
+python -m scripts.config NAME get KEY...        top-level keys, one value per line
 python -m scripts.config NAME pretrain|finetune the stage's flags, one word per line
 
 A config changes keys of its `base` and adds none. A wrong name, key or type is one error that names the nearest
@@ -10,9 +10,13 @@ all), PER_DEVICE (per_device_train_batch_size) and REPORT_TO; the global batch s
 
 import difflib
 import os
+import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
+from scripts.common import Arguments
 from vista_patch.config import FLAGS, VistaConfig, nearest
 
 if sys.version_info >= (3, 11):
@@ -20,47 +24,78 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+USAGE = "python -m scripts.config NAME get KEY... | NAME pretrain|finetune"
 CONFIGS = Path(__file__).parent / "configs"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of an experiment and of a task: a folder's name
+CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "full"), "unlabelled": ("stop", "skip")}
+Config = dict[str, Any]
 
 
 class ConfigError(Exception):
     pass
 
 
-def load(name: str) -> dict:
-    """The named config over its bases, and RANKS, PER_DEVICE and REPORT_TO over that. Raises ConfigError."""
+def load(name: str, ranks: int | None = None) -> Config:
+    """The named config over its bases, and RANKS (or `ranks`), PER_DEVICE and REPORT_TO over it. Raises ConfigError."""
     config = _read(name)
+    for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", *CHOICES):
+        if key not in config:
+            raise ConfigError(f"{name} has no key {key!r}: give it a base")
     tables = {
         "RANKS": ("ranks", [config]),
         "PER_DEVICE": ("per_device_train_batch_size", [config["pretrain"], config["finetune"]]),
         "REPORT_TO": ("report_to", [config["train"]]),
     }
+    variables = os.environ if ranks is None else {**os.environ, "RANKS": str(ranks)}
     for variable, (key, where) in tables.items():
-        if value := os.environ.get(variable):
-            if isinstance(where[0][key], int):
-                if not value.isdecimal() or int(value) < 1:
-                    raise ConfigError(f"{variable}={value}: give a whole number from 1 on")
-                value = int(value)
+        if given := variables.get(variable):
+            number = isinstance(where[0][key], int)
+            if number and not re.fullmatch(r"[1-9][0-9]{0,8}", given, re.ASCII):
+                raise ConfigError(f"{variable}={given}: give a whole number from 1 on")
             for table in where:
-                table[key] = value
+                table[key] = int(given) if number else given
+    _check(config, name)
     return config
 
 
-def _read(name: str, above: tuple[str, ...] = ()) -> dict:
+def _check(config: Config, where: str) -> None:
+    """What holds for every config. Its strings become paths, words of commands and lines of files."""
+    for key, value in config.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, dict):
+                _check(text, f"{where}: [{key}]")
+            elif isinstance(text, str) and not text.isprintable():
+                raise ConfigError(f"{where}: {key} = {text!r} has a control character in it")
+        if value == []:
+            raise ConfigError(f"{where}: {key} = [] must not be empty")
+        if key == "tasks" and not all(isinstance(task, str) and NAME.fullmatch(task) for task in value):
+            raise ConfigError(f"{where}: tasks = {value!r}: each must be the name of a task")
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ConfigError(f"{where}: {key} = {value!r}: choose {' or '.join(CHOICES[key])}")
+
+
+def seed(text: str) -> str:
+    """A seed as it stands in a folder's name. Raises ConfigError."""
+    if not re.fullmatch(r"0|[1-9][0-9]*", text, re.ASCII) or int(text) >= 2**32:
+        raise ConfigError(f"seed {text!r}: give a number from 0 on, below 2^32")
+    return text
+
+
+def _read(name: str, above: tuple[str, ...] = ()) -> Config:
     path = CONFIGS / f"{name}.toml"
-    if not path.is_file():
+    if not (isinstance(name, str) and NAME.fullmatch(name) and path.is_file()):
         raise ConfigError(f"no experiment {name!r}: {_nearest(str(name), [p.stem for p in CONFIGS.glob('*.toml')])}")
     if name in above:
         raise ConfigError(f"{path}: the bases go round: {' -> '.join([*above, name])}")
     try:
-        config = tomllib.loads(path.read_text())
+        config = tomllib.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no TOML, or no UTF-8
         raise ConfigError(f"{path}: {error}") from None
     base = config.pop("base", None)
     return _override(_read(base, (*above, name)), config, f"{path}: ") if base else config
 
 
-def _override(base: dict, changes: dict, where: str) -> dict:
+def _override(base: Config, changes: Config, where: str) -> Config:
     merged = dict(base)
     for key, value in changes.items():
         if key not in base:
@@ -82,8 +117,8 @@ def _nearest(word: str, words: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(words))}"
 
 
-def flags(config: dict, stage: str) -> list[str]:
-    """Flags for one stage of train.py. Accumulation keeps the global batch whatever the number of ranks."""
+def settings(config: Config, stage: str) -> dict[str, str]:
+    """{flag: value} of one stage of stock.py. Accumulation keeps the global batch whatever the number of ranks."""
     stage_flags = dict(config[stage])
     global_batch, per_device = stage_flags.pop("global_batch"), stage_flags["per_device_train_batch_size"]
     at_once = per_device * config["ranks"]
@@ -98,30 +133,35 @@ def flags(config: dict, stage: str) -> list[str]:
     except ValueError as error:
         raise ConfigError(f"[vista] {error}") from None
     values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}
-    words = []
-    for key, value in values.items():
-        words += [f"--{key}", str(value)]
-    return words
+    if config["unlabelled"] != "stop":  # stock.py's own flag
+        values["unlabelled"] = config["unlabelled"]
+    return {key: str(value) for key, value in values.items()}
+
+
+def flags(config: Config, stage: str) -> list[str]:
+    """`settings` as words of a command."""
+    return [word for key, value in settings(config, stage).items() for word in (f"--{key}", value)]
 
 
 def main(argv: list[str]) -> int:
+    parser = Arguments(prog="config", usage=USAGE, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("experiment")
+    parser.add_argument("what", nargs="+")
+    args = parser.parse_args(argv)
     try:
-        match argv:
-            case [name, "get", key]:
-                config = load(name)
-                if key not in config or isinstance(config[key], dict):
-                    raise ConfigError(f"{name} has no key {key!r}: {_nearest(key, list(config))}")
-                value = config[key]
-                print(*(value if isinstance(value, list) else [value]), sep="\n")
-            case [name, "pretrain" | "finetune" as stage]:
-                print(*flags(load(name), stage), sep="\n")
-            case [_, stage]:
+        config = load(args.experiment)
+        match args.what:
+            case ["get", *keys] if keys:
+                values: list[object] = []
+                for key in keys:
+                    if key not in config or isinstance(config[key], dict):
+                        raise ConfigError(f"{args.experiment} has no key {key!r}: {_nearest(key, list(config))}")
+                    values += config[key] if isinstance(config[key], list) else [config[key]]
+                print(*values, sep="\n")
+            case ["pretrain" | "finetune" as stage]:
+                print(*flags(config, stage), sep="\n")
+            case [stage, *_]:
                 raise ConfigError(f"no stage {stage!r}: choose pretrain or finetune")
-            case _:
-                raise ConfigError(__doc__.strip())
-    except KeyError as error:
-        print(f"config: {argv[0]} has no key {error}: give it a base", file=sys.stderr)
-        return 2
     except ConfigError as error:
         print(f"config: {error}", file=sys.stderr)
         return 2

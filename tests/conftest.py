@@ -113,9 +113,10 @@ def kit(workshop, tmp_path):
     train = {"model_max_length": 96, "save_steps": 4}
     small_experiment(tmp_path, "llava-tiny-vista", workshop, ("llama", "clip"), ("pretrain",), train)
 
-    def start(stage, *arguments, **environment):
+    def start(stage, *arguments, without=(), **environment):
         command = [tmp_path / "scripts/train.sh", "small", stage, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env=os.environ | environment, **pipes)
+        inherited = {key: value for key, value in os.environ.items() if key not in without}
+        return subprocess.Popen(command, env=inherited | environment, **pipes)
 
     return start

@@ -97,6 +97,12 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "config: unknown metric": (mine('[vista]\nvista = "L2"'), CONFIG, "'L2': choose from off, l2, cosine"),
     "config: unknown ramp": (mine('[vista]\nvista_ramp = "t*m"'), CONFIG, "'t*m': choose from t/m, t, one"),
     "config: weight that is no number": (mine("[vista]\nvista_weight = nan"), CONFIG, "give a finite number"),
+    "config: no tasks": (mine("tasks = []"), CONFIG, "tasks = [] must not be empty"),
+    "config: a task that is a path": (mine('tasks = ["../other"]'), CONFIG, "each must be the name of a task"),
+    "config: a task that is no text": (mine("tasks = [1]"), CONFIG, "each must be the name of a task"),
+    "config: a string of two lines": (mine('run = "results\\n--bf16"'), CONFIG, "has a control character in it"),
+    "config: unknown backbone": (mine('backbone = "qwen"'), CONFIG, "choose llava or tinyllava"),
+    "config: a name that is a path": (None, (*CONFIG[:3], "../configs/llava-tiny", "pretrain"), "no experiment '../"),
     "config: unknown key to get": (None, (*CONFIG[:3], "llava-tiny", "get", "tsks"), "did you mean 'tasks'?"),
     "config: unknown stage": (None, (*CONFIG[:3], "llava-tiny", "pretran"), "'pretran'"),
     # flags
@@ -162,6 +168,25 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
         file(f"{SEED}/llava-tiny-pretrain/command", "deepspeed --num_gpus 2"),
         ("scripts/train.sh", "llava-tiny", "pretrain"), "begun with other settings: remove it"
     ),
+    "train: begun with another learning rate": (
+        file(
+            f"{SEED}/llava-tiny-pretrain/command",
+            "1 ranks: scripts/train.py --train_module llava.train.train --learning_rate 0.5\n",
+        ),
+        ("scripts/train.sh", "llava-tiny", "pretrain"), "learning_rate was 0.5, is 0.002"
+    ),
+    "train: a lock that is a link": (
+        lambda folder: [
+            (folder / SEED / "llava-tiny-pretrain").mkdir(parents=True),
+            (folder / SEED / "llava-tiny-pretrain/.lock0").symlink_to(folder / "docker/Dockerfile"),
+        ],
+        ("scripts/train.sh", "llava-tiny", "pretrain"), "Remove it if it is a link"
+    ),
+    "upstream: a user's own checkout": (
+        lambda folder: [(folder / "upstream").unlink(), file("upstream/llava/mine.py")(folder)],
+        ("scripts/setup/upstream.sh", "llava"), "upstream/llava was not made by this script"
+    ),
+    "eval: a seed that is a path": (None, ("scripts/eval.sh", "llava-tiny", "0/../../x"), "seed '0/../../x'"),
     "eval: not trained": (None, ("scripts/eval.sh", "llava-tiny"), "train this experiment first"),
     "manifest: no upstream": (without("upstream"), (*MANIFEST, "llava-tiny"), "scripts/setup/upstream.sh llava"),
     "manifest: no environment": (None, (*MANIFEST, "llava-v1.5-7b"), ".venv-llava is missing: make it with"),

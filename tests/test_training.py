@@ -288,3 +288,89 @@ def test_the_rows_of_a_non_finite_step_are_kept_and_replaying_them_reproduces_it
         assert len(kept) == 8 and rows[7] in kept and f"ids: {kept[0]['id']}, {kept[1]['id']}" in output
     checkpoints = [path.name for path in out.glob("checkpoint-*")]
     assert len(checkpoints) == 1 and (out / "replay" / checkpoints[0]).is_symlink()
+
+
+@pytest.fixture(scope="session")
+def unlabelled(workshop):
+    """Two-stage data in which stock drops all labels of row 5: "</s>" in an answer gives it a round too many."""
+    rows = json.loads((workshop / "finetune.json").read_text())
+    rows = [row | {"conversations": row["conversations"][:2]} for row in rows]  # some of two turns are mismatched too
+    rows[5]["conversations"][1]["value"] = "red </s> blue"
+    path = workshop / "unlabelled.json"
+    path.write_text(json.dumps(rows))
+    return {
+        "data_path": path, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "max_steps": 8,
+        "group_by_modality_length": False,
+    }  # fmt: skip
+
+
+def test_a_micro_batch_without_labels_stops_the_run_and_says_so(workshop, unlabelled, tmp_path):
+    said = r"no token has a label: its loss is 0/0. Its ids: 5\. Stock drops .* set unlabelled = \"skip\""
+    with pytest.raises(AssertionError, match=said):
+        train(workshop, tmp_path / "llava", "finetune", **unlabelled, logging_nan_inf_filter=False)
+    assert rows_without_labels(tmp_path / "llava") == ["5"]
+
+
+def rows_without_labels(out):
+    return [row["id"] for row in json.loads((out / "nonfinite.json").read_text()) if "</s>" in str(row)]
+
+
+def test_a_micro_batch_without_labels_may_count_nothing_as_in_stock(workshop, stock_tree, unlabelled, tmp_path):
+    """Stock goes on, since the gradient of 0/0 is 0: the weights are the same to the bit."""
+    stock = train(workshop, tmp_path / "stock", "finetune", tree=stock_tree, **unlabelled)
+    skipped = {"unlabelled": "skip", "logging_nan_inf_filter": False}
+    ours = train(workshop, tmp_path / "llava", "finetune", **unlabelled, **skipped)
+    assert len(ours) == 8 and all(np.isfinite(row["loss"]) for row in ours)
+    assert weights(tmp_path / "stock") == weights(tmp_path / "llava")
+    differ = [a["loss"] != b["loss"] for a, b in zip(stock, ours, strict=True)]
+    assert sum(differ) <= 1  # stock's log shows another figure at that step
+
+
+def test_another_nan_stops_it_all_the_same(workshop, unlabelled, tmp_path):
+    with pytest.raises(AssertionError, match="FloatingPointError: loss is nan at step"):
+        train(
+            workshop, tmp_path / "llava", "finetune", **unlabelled, unlabelled="skip", logging_nan_inf_filter=False,
+            learning_rate=1e25,
+        )  # fmt: skip
+
+
+def test_a_picture_that_breaks_in_mid_training_is_named(workshop, tmp_path):
+    shutil.copytree(workshop / "images", tmp_path / "images")
+    (tmp_path / "images/7.png").write_bytes(b"no picture")
+    with pytest.raises(AssertionError, match=r"row \d+ of the data \(id 7, image 7.png\) cannot be used: Unidentified"):
+        train(workshop, tmp_path / "out", "pretrain", image_folder=tmp_path / "images")
+
+
+def test_nothing_is_left_of_a_training_whose_script_was_killed_without_a_home(kit, tmp_path):
+    def left():
+        return [p for p in psutil.process_iter(["cmdline"]) if "small-pretrain" in " ".join(p.info["cmdline"] or ())]
+
+    running = kit("pretrain", without=("HOME", "XDG_CACHE_HOME"))
+    log = tmp_path / "results/seed0/small-pretrain/train.log"
+    while running.poll() is None and not (log.exists() and "Setting CUDA_VISIBLE_DEVICES" in log.read_text()):
+        time.sleep(0.05)
+    assert running.poll() is None, running.stdout.read()
+    before = left()
+    running.kill()
+    running.wait()
+    psutil.wait_procs(before, timeout=40)
+    assert before and not left()
+
+
+def test_out_of_memory_in_mid_stage_a_smaller_micro_batch_goes_on(kit, tmp_path):
+    """And another number of ranks does not: each has its part of the optimizer's state."""
+    running = kit("pretrain")
+    out = tmp_path / "results/seed0/small-pretrain"
+    while running.poll() is None and not (out / "train.log").exists():
+        time.sleep(0.05)
+    running.terminate()
+    assert running.wait() == 143, running.stdout.read()
+    refused = kit("pretrain", RANKS="2")
+    output, _ = refused.communicate()
+    assert refused.returncode == 2 and "go on with RANKS=1: ranks (RANKS) was 1, is 2" in output
+    smaller = kit("pretrain", PER_DEVICE="2")
+    output, _ = smaller.communicate()
+    assert smaller.returncode == 0 and "(PER_DEVICE) was 4, is 2" in output, output
+    assert "was 4, is 2" in (out / "train.log").read_text()
+    log = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in log if "loss" in row] == [1, 2, 3, 4, 5, 6]
