@@ -23,6 +23,8 @@ os.environ["HF_DATASETS_TRUST_REMOTE_CODE"] = "0"  # a data set's own script is 
 import torch
 from lmms_eval.tasks.mmbench.mmbench_evals import MMBench_Evaluator
 
+from scripts.common import die_with_parent
+
 
 def argument(name):
     return sys.argv[sys.argv.index(name) + 1]
@@ -68,7 +70,7 @@ def names_option(task, row):
 def count_no_option(task, judge):
     out = Path(argument("--output_path"))
     for samples in out.glob(f"*/*_samples_{task}.jsonl"):
-        named = [names_option(task, json.loads(line)) for line in samples.open()]
+        named = [names_option(task, json.loads(line)) for line in samples.open(encoding="utf-8")]
         counts = {"rows": len(named), "no_option": named.count(False), "then": judge}
         (out / "no_option.json").write_text(json.dumps(counts) + "\n")
         print(f"{task}: the rules find no option in {named.count(False)} of {len(named)} answers; then: {judge}")
@@ -85,6 +87,8 @@ def processes_without_cuda(model):
 
 
 def main():
+    if "LOCAL_RANK" in os.environ:  # under a launcher
+        die_with_parent()
     task, judge = argument("--tasks"), os.environ.get("MMBENCH_JUDGE", "")
     if task.startswith("mmbench"):
         never_guess(judge)

@@ -1,28 +1,17 @@
-"""What scripts/eval.sh asks about the paper's suite (scripts/evaluation/suite.toml), before and after lmms-eval runs.
+"""The data sets and the judge that the paper's suite needs (suite.toml), before lmms-eval runs."""
 
-python -m scripts.evaluation.suite data FOLDER TASK...
-    the data sets that these tasks read, FOLDER/OWNER/NAME, made ready as FOLDER/.cache/sets/OWNER/NAME
-python -m scripts.evaluation.suite judge
-    whether MMBench's judge at $MMBENCH_JUDGE answers, in one request
-python -m scripts.evaluation.suite whole FOLDER TASK OLD
-    whether FOLDER/*/ holds whole results of TASK, newer than the file OLD
-
-What is missing is one error each, and exit code 2. `whole` exits with 1 where it says no.
-"""
-
-import json
-import math
 import os
 import re
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import tomllib
 import yaml
 
+from scripts.common import write_whole
+from scripts.evaluation.results import load_columns
 from scripts.outside import checked_name, scrub
 
-COLUMNS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))["column"]
 STOCK_JUDGE = "gpt-3.5-turbo-0613"  # of lmms_eval/tasks/mmbench/mmbench.yaml
 
 
@@ -37,9 +26,9 @@ def view(data: Path, name: str) -> Path:
         raise ValueError(f"the data set {name} is not in {folder}: download it (scripts/data.sh)")
     for path in files:  # test-00003-of-00068.parquet
         if match := re.fullmatch(r"(.*-)\d+-of-(\d+).*", path.name):
-            there, count = len(list(path.parent.glob(f"{match[1]}*-of-{match[2]}*"))), int(match[2])
-            if there < count:
-                raise ValueError(f"{path.parent} has {there} of {count} {match[1]}* files: download {name} again")
+            have, count = len(list(path.parent.glob(f"{match[1]}*-of-{match[2]}*"))), int(match[2])
+            if have < count:
+                raise ValueError(f"{path.parent} has {have} of {count} {match[1]}* files: download {name} again")
     text = card.read_text("utf-8")
     try:
         head = yaml.safe_load(text.split("---\n", 2)[1]) if text.startswith("---\n") else {}
@@ -58,17 +47,15 @@ def view(data: Path, name: str) -> Path:
             link.unlink(missing_ok=True)
             link.symlink_to(path.absolute())
     if not (view / card.name).exists() or (view / card.name).read_text("utf-8") != text:
-        partial = view / f"{os.getpid()}.partial"
-        partial.write_text(text, "utf-8")
-        partial.rename(view / card.name)
+        write_whole(view / card.name, text)
     return view
 
 
-def narrowed(folder: Path, head: dict) -> str:
+def narrowed(folder: Path, head: dict[str, Any]) -> str:
     """A card's text with those of its configs whose files are in the folder; "" where it has no configs."""
     if "configs" in head:
 
-        def there(data_files: str | dict | list) -> bool:
+        def there(data_files: Any) -> bool:
             return any(any(folder.glob(checked_name(pattern))) for pattern in patterns(data_files))
 
         for config in head["configs"]:
@@ -84,33 +71,22 @@ def narrowed(folder: Path, head: dict) -> str:
     return ""
 
 
-def patterns(data_files: str | dict | list) -> list[str]:
+def patterns(data_files: Any) -> list[str]:
     """The paths in a config's data_files, in each form that a card may have."""
     if isinstance(data_files, list):
         return [pattern for entry in data_files for pattern in patterns(entry)]
     return patterns(data_files["path"]) if isinstance(data_files, dict) else [data_files]
 
 
-def whole(folder: Path, task: str, old: Path) -> bool:
-    """lmms-eval exits 0 even when a run fails, so its files decide: the columns (of a task that is none of the paper's:
-    every metric) are numbers, and each sample is logged."""
-    files = list(folder.glob("*/[0-9]*_results.json"))
-    if len(files) != 1 or files[0].stat().st_mtime < old.stat().st_mtime:
-        return False
-    results = json.loads(files[0].read_text())
-    values = results["results"].get(task, {})
-    if columns := [column for column in COLUMNS if column["task"] == task]:
-        metrics = [values.get(column["key"]) for column in columns]
-        metrics = [
-            metric.get(column["field"]) if isinstance(metric, dict) and "field" in column else metric
-            for metric, column in zip(metrics, columns, strict=True)
-        ]
-    else:
-        metrics = [value for key, value in values.items() if "," in key and "_stderr" not in key]
-    samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
-    lines = samples.read_text().count("\n") if samples.exists() else 0
-    numbers = metrics and all(isinstance(metric, int | float) and math.isfinite(metric) for metric in metrics)
-    return bool(numbers) and lines == results["n-samples"][task]["effective"]
+def make_ready(data: Path, tasks: Sequence[str]) -> list[str]:
+    """Makes the `view` of each data set that these tasks read. What is missing, a line each."""
+    problems = []
+    for name in dict.fromkeys(column.data for column in load_columns(tasks) if column.data):
+        try:
+            view(data, name)
+        except ValueError as error:
+            problems.append(str(error))
+    return problems
 
 
 def judge() -> str | None:
@@ -118,7 +94,8 @@ def judge() -> str | None:
     import requests
 
     url, model = os.environ["MMBENCH_JUDGE"], os.environ.get("MMBENCH_MODEL", STOCK_JUDGE)
-    question = {"model": model, "messages": [{"role": "user", "content": "Say A."}], "temperature": 0, "max_tokens": 16}
+    message = {"role": "user", "content": "Say A."}
+    question: dict[str, Any] = {"model": model, "messages": [message], "temperature": 0, "max_tokens": 16}
     key = {"Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"}
     try:
         reply = requests.post(url, json=question, headers=key, timeout=60)
@@ -130,27 +107,3 @@ def judge() -> str | None:
             "check MMBENCH_JUDGE, MMBENCH_MODEL and OPENAI_API_KEY"
         )
     return None
-
-
-def main(argv: list[str]) -> int:
-    problems = []
-    match argv:
-        case ["whole", folder, task, old]:
-            return not whole(Path(folder), task, Path(old))
-        case ["judge"]:
-            problems = [problem for problem in [judge()] if problem]
-        case ["data", folder, *tasks]:
-            for name in dict.fromkeys(column["data"] for column in COLUMNS if column["task"] in tasks):
-                try:
-                    view(Path(folder), name)
-                except ValueError as error:
-                    problems.append(str(error))
-        case _:
-            problems = [__doc__.strip()]
-    for problem in problems:
-        print(f"eval: {problem}", file=sys.stderr)
-    return 2 if problems else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
