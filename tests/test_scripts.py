@@ -102,20 +102,17 @@ def reproduce(tmp_path):
     writes down that it was called, and train.sh fails on $FAIL and takes a minute on $SLOW."""
     shutil.copytree(ROOT / "patches", tmp_path / "patches")
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
-    for folder in ("setup", "training", "reporting"):
-        (tmp_path / "scripts" / folder).mkdir(parents=True)
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "vista_patch").symlink_to(ROOT / "vista_patch")
     for name in ("setup/doctor", "setup/env", "setup/patch", "data", "train", "eval", "probe"):
         (tmp_path / f"scripts/{name}.sh").write_text('#!/bin/sh\necho "$0" "$@" >>called\n')
     with open(tmp_path / "scripts/train.sh", "a") as script:
         script.write('[ "$1" != "$FAIL" ] || exit 1\n[ "$1" != "$SLOW" ] || exec sleep 60\n')
-    (tmp_path / "scripts/__init__.py").touch()
     for name in ("manifest", "report"):
-        (tmp_path / f"scripts/reporting/{name}.py").touch()
-    for name in ("reproduce.sh", "setup/upstream.sh"):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts" / name)
+        (tmp_path / f"scripts/reporting/{name}.py").write_text("")
     for script in (tmp_path / "scripts").rglob("*.sh"):
         script.chmod(0o755)
-    (tmp_path / "upstream").mkdir()
+    (tmp_path / "upstream/llava").mkdir(parents=True)
     (tmp_path / "upstream/llava.source").write_text("there\n")
     # No GitHub: git clones nothing over https.
     nowhere = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_COUNT": "1"}
@@ -137,6 +134,21 @@ def test_without_tinyllavas_source_the_rest_goes_on(reproduce, tmp_path):
     assert called.count("train.sh llava-tiny") == 6 and called.count("tinyllava") == 1  # the doctor is asked about both
     assert not list((tmp_path / "upstream").glob("tinyllava*"))
     assert reproduce("--backbone", "tinyllava").wait() == 1
+
+
+def test_a_name_decides_nothing_but_the_folder(reproduce, tmp_path):
+    """Neither a step that has "none" in it is skipped, nor is "my" a backbone."""
+    for name, base in (("llava-none", "llava-tiny"), ("my-l2", "tinyllava-tiny-vista")):
+        (tmp_path / f"scripts/configs/{name}.toml").write_text(f'base = "{base}"\n')
+        (tmp_path / "upstream/tinyllava").mkdir(exist_ok=True)
+        (tmp_path / "upstream/tinyllava.source").write_text("there\n")
+        running = reproduce("--experiment", name)
+        _, err = running.communicate()
+        assert running.returncode == 0, err
+        called = (tmp_path / "called").read_text()
+        assert f"train.sh {name} finetune 0" in called and f"probe.sh {name} 0" in called
+        assert "doctor.sh tiny" in called
+    assert "env.sh cpu-tinyllava" in called and "doctor.sh tiny tinyllava" in called
 
 
 def test_a_failed_step_stops_the_run(reproduce, tmp_path):

@@ -1,42 +1,19 @@
 """RUN/manifest-BACKBONE.json: what a run is made of, so that a figure in its report can be traced.
 
-python -m scripts.reporting.manifest [--seeds N] EXPERIMENT...        of one backbone
+What could not be found out is null.
 """
 
-import argparse
-import hashlib
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
+from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 from scripts import config
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def git(*args: str) -> str | None:
-    """None outside a checkout (a source archive; the image has KIT_COMMIT instead)."""
-    found = subprocess.run(["git", *args], capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else None
-
-
-def cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def gpus() -> list[str]:
-    try:
-        query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    except FileNotFoundError:
-        return []
-
+from scripts.common import ROOT, Arguments, cpu_name, fail, need_setup, sha256, write_whole
 
 PACKAGES = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "lmms-eval", "datasets"]
 VERSIONS = f"""
@@ -44,44 +21,79 @@ import importlib.metadata, json, platform
 print(json.dumps({{"python": platform.python_version(), **{{p: importlib.metadata.version(p) for p in {PACKAGES}}}}}))
 """
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--seeds", type=int, default=1)
-parser.add_argument("experiments", nargs="+")
-args = parser.parse_args()
 
-try:
-    configs = {name: config.load(name) for name in args.experiments}
-except config.ConfigError as error:
-    sys.exit(f"manifest: {error}")
-first = configs[args.experiments[0]]
-run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
-source, lock = Path(f"upstream/{backbone}.source"), Path(environment, "lock.sha256")
-if not source.is_file():
-    sys.exit(f"manifest: {source} is missing: run scripts/setup/upstream.sh {backbone}")
-if not lock.is_file():
-    sys.exit(f"manifest: {environment} is missing: make it with scripts/setup/env.sh")
-data = run / "data" / "manifest.json"
-parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
-commit = os.environ.get("KIT_COMMIT") or git("rev-parse", "HEAD")
-told = subprocess.run([f"{environment}/bin/python", "-c", VERSIONS], capture_output=True, text=True, check=True).stdout
-manifest = {
-    "kit": {"commit": commit, "changed": bool(git("status", "--porcelain"))},
-    "upstream": source.read_text().strip(),
-    "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
-    "environment": {
-        "lock": lock.read_text().strip(),
-        **json.loads(told),
-    },
-    "data": sha256(data) if data.is_file() else None,
-    "models": {p.parent.name: sha256(p) for part in sorted(parts) for p in sorted(part.glob("model*.safetensors"))},
-    "hardware": {"cpu": cpu(), "cores": os.cpu_count(), "gpus": gpus()},
-    "seeds": list(range(args.seeds)),
-    "argv": {
-        name: {stage: config.flags(loaded, stage) for stage in ("pretrain", "finetune")}
-        for name, loaded in configs.items()
-    },
-}
-run.mkdir(parents=True, exist_ok=True)
-partial = run / f"manifest-{backbone}.json.partial"
-partial.write_text(json.dumps(manifest, indent=1))
-os.replace(partial, run / f"manifest-{backbone}.json")
+def told(*command: str | Path) -> str | None:
+    """What a command prints; None where it fails or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def kit() -> dict[str, Any]:
+    """The commit, and whether files differ from it. Outside a checkout (a source archive), and where git refuses to
+    read one that another user owns, neither is known; the image has KIT_COMMIT."""
+    status = told("git", "status", "--porcelain")
+    commit = os.environ.get("KIT_COMMIT") or told("git", "rev-parse", "HEAD")
+    return {"commit": commit, "changed": None if status is None else bool(status)}
+
+
+def gpus() -> list[str] | None:
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = told("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader")
+    return listed.splitlines() if listed is not None else None
+
+
+def made_of(configs: dict[str, config.Config], seeds: int) -> dict[str, Any]:
+    """Ends the program where the upstream or the environment is missing."""
+    first = next(iter(configs.values()))
+    run, backbone, environment = Path(first["run"]), first["backbone"], first["environment"]
+    source, lock = Path(f"upstream/{backbone}.source"), Path(environment, "lock.sha256")
+    if not source.is_file():
+        fail("manifest", f"{source} is missing: run scripts/setup/upstream.sh {backbone}")
+    if not lock.is_file():
+        fail("manifest", f"{environment} is missing: make it with scripts/setup/env.sh")
+    data = run / "data" / "manifest.json"
+    parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
+    versions = told(f"{environment}/bin/python", "-c", VERSIONS)
+    if versions is None:
+        fail("manifest", f"{environment} is not whole: make it with scripts/setup/env.sh", 1)
+    return {
+        "kit": kit(),
+        "upstream": source.read_text(encoding="utf-8").strip(),
+        "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
+        "environment": {"lock": lock.read_text(encoding="utf-8").strip(), **json.loads(versions)},
+        "data": sha256(data) if data.is_file() else None,
+        "models": {p.parent.name: sha256(p) for part in sorted(parts) for p in sorted(part.glob("model*.safetensors"))},
+        "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpus": gpus()},
+        "seeds": list(range(seeds)),
+        "argv": {
+            name: {stage: config.flags(loaded, stage) for stage in ("pretrain", "finetune")}
+            for name, loaded in configs.items()
+        },
+    }
+
+
+def main(argv: list[str]) -> int:
+    os.chdir(ROOT)
+    usage = "python -m scripts.reporting.manifest [--seeds N] EXPERIMENT...        of one backbone"
+    parser = Arguments(prog="manifest", usage=usage, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("experiments", nargs="+")
+    args = parser.parse_args(argv)
+    try:
+        configs = {name: config.load(name) for name in args.experiments}
+        need_setup("manifest")
+        manifest = made_of(configs, args.seeds)
+    except config.ConfigError as error:
+        fail("manifest", str(error))
+    first = configs[args.experiments[0]]
+    run = Path(first["run"])
+    run.mkdir(parents=True, exist_ok=True)
+    write_whole(run / f"manifest-{first['backbone']}.json", json.dumps(manifest, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

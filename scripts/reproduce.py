@@ -1,0 +1,177 @@
+"""The whole reproduction: a stock upstream, patched, trained in two stages as baseline, VISTA and VISTA (cosine),
+evaluated and reported.
+
+Every step is a script of its own, is skipped when its output is whole, and continues when it was cut off. --dry-run
+prints the steps and each training's resolved command, and needs no set-up.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts import config
+from scripts.common import ROOT, Arguments, Busy, Job, fail, lock, run_abreast, signals_raise, start
+from scripts.training import launch
+
+USAGE = (
+    "scripts/reproduce.sh [--profile tiny|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]\n"
+    "       scripts/reproduce.sh --experiment NAME [--seeds N] [--dry-run]       one of scripts/configs/ alone"
+)
+BASELINES = {
+    "tiny": {"llava": "llava-tiny", "tinyllava": "tinyllava-tiny"},
+    "full": {"llava": "llava-v1.5-7b", "tinyllava": "tinyllava-3b"},
+}
+VARIANTS = ("", "-vista", "-vista-cosine")
+BEGUN = time.monotonic()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and the backbone that it is for."""
+
+    words: tuple[str, ...]
+    backbone: str
+
+    @classmethod
+    def of(cls, backbone: str, *words: object) -> "Step":
+        return cls(tuple(map(str, words)), backbone)
+
+    def show(self) -> None:
+        seconds = int(time.monotonic() - BEGUN)
+        print(f"\n[{seconds // 60}:{seconds % 60:02}] {shlex.join(self.words)}", flush=True)
+
+    def begin(self) -> "subprocess.Popen[bytes]":
+        self.show()
+        return start(self.words, cwd=ROOT)
+
+    def job(self) -> Job:
+        return Job(self.begin)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does: one thing after another, then the lanes, of which some may run at once, then the report."""
+
+    setup: list[Step]
+    lanes: list[list[Step]]
+    report: Step
+    backbones: list[str]
+    profile: str
+
+
+def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds: int) -> Plan:
+    """For each of these experiments and its variants. Raises ConfigError."""
+    loaded = {name: config.load(name) for name in names}
+    backbones = [loaded[name]["backbone"] for name in names]
+    setup = [
+        Step.of("", "scripts/setup/doctor.sh", profile, *backbones),
+        Step.of("", "scripts/setup/env.sh", "cpu"),
+    ]
+    lanes = []
+    for name, experiment in loaded.items():
+        backbone, experiments = experiment["backbone"], [f"{name}{variant}" for variant in variants]
+        words: list[tuple[object, ...]] = [
+            ("scripts/setup/upstream.sh", backbone),
+            ("scripts/setup/patch.sh", backbone),
+        ]
+        if experiment["environment"] == ".venv-cpu-tinyllava":  # the full profile's own environments are the image's
+            words.append(("scripts/setup/env.sh", "cpu-tinyllava"))
+        if profile == "full":  # its variants cost the same
+            words.append(("python3", "-m", "scripts.training.cost", name))
+        words.append(("scripts/data.sh", name))
+        words.append(("python3", "-m", "scripts.reporting.manifest", "--seeds", seeds, *experiments))
+        setup += [Step.of(backbone, *command) for command in words]
+        for seed in range(seeds):
+            for one in experiments:
+                lane = [
+                    Step.of(backbone, "scripts/train.sh", one, "pretrain", seed),
+                    Step.of(backbone, "scripts/train.sh", one, "finetune", seed),
+                    Step.of(backbone, "scripts/eval.sh", one, seed),
+                ]
+                if profile == "tiny":
+                    lane.append(Step.of(backbone, "scripts/probe.sh", one, seed))
+                lanes.append(lane)
+    run = loaded[names[0]]["run"]
+    return Plan(setup, lanes, Step.of("", "python3", "-m", "scripts.reporting.report", run), backbones, profile)
+
+
+def show(plan: Plan) -> None:
+    """The dry run: what the steps are, and what those that change nothing say."""
+    for step in [*plan.setup, *(step for lane in plan.lanes for step in lane), plan.report]:
+        step.show()
+        if step.words[0] == "scripts/train.sh":
+            experiment, name, seed = step.words[1:]
+            stage = launch.plan(experiment, name, seed)
+            print(shlex.join([*stage.launcher(), *stage.program()]), flush=True)
+        elif step.words[0] == "scripts/setup/doctor.sh":
+            subprocess.run(step.words, cwd=ROOT)  # tells the disk; what it lacks does not stop a dry run
+        elif "scripts.training.cost" in step.words:
+            subprocess.run([sys.executable, *step.words[1:]], cwd=ROOT, check=True)
+
+
+def run(plan: Plan) -> int:
+    without: set[str] = set()
+    for step in plan.setup:
+        if step.backbone in without or run_abreast([[step.job()]], 1):
+            continue
+        # TinyLLaVA is on GitHub alone.
+        if step.words != ("scripts/setup/upstream.sh", "tinyllava") or len(plan.backbones) == 1:
+            return 1
+        without.add(step.backbone)
+        print(f"reproduce: going on without {step.backbone}", file=sys.stderr, flush=True)
+    lanes = [[step.job() for step in lane] for lane in plan.lanes if lane[0].backbone not in without]
+    # On a CPU a training takes one core, whatever their number, so that its bits do not depend on it.
+    at_once = len(os.sched_getaffinity(0)) if plan.profile == "tiny" else 1
+    if not run_abreast(lanes, at_once):
+        fail("reproduce", "a step failed, see above; the same command continues", 1)
+    return 0 if run_abreast([[plan.report.job()]], 1) else 1
+
+
+def main(argv: list[str]) -> int:
+    os.chdir(ROOT)
+    parser = Arguments(prog="reproduce", usage=USAGE, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="tiny", nargs="?", const="")
+    parser.add_argument("--backbone", default="llava", nargs="?", const="")
+    parser.add_argument("--experiment", nargs="?", const="")
+    parser.add_argument("--seeds", default="1", nargs="?", const="")
+    parser.add_argument("--dry-run", action="store_true")
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown option {unknown[0]}")
+    if args.profile not in BASELINES:
+        parser.error(f"--profile {args.profile!r}: choose tiny or full")
+    if args.backbone not in ("llava", "tinyllava", "both"):
+        parser.error(f"--backbone {args.backbone!r}: choose llava, tinyllava or both")
+    if not (args.seeds.isdecimal() and args.seeds.isascii() and 1 <= int(args.seeds) <= 10**6):
+        parser.error(f"--seeds {args.seeds!r}: give a number from 1 on")
+    profile, baselines = args.profile, BASELINES[args.profile]
+    names = [baselines[key] for key in baselines if args.backbone in (key, "both")]
+    variants: Sequence[str] = VARIANTS
+    try:
+        if args.experiment is not None:
+            names, variants, profile = [args.experiment], [""], config.load(args.experiment)["profile"]
+        plan = make_plan(names, variants, profile, int(args.seeds))
+    except config.ConfigError as error:
+        fail("reproduce", str(error))
+    if args.dry_run:
+        show(plan)
+        return 0
+    Path("results").mkdir(exist_ok=True)
+    try:
+        lock(Path("results/.lock"), lambda problem: print(f"reproduce: {problem}", file=sys.stderr))
+    except Busy:
+        fail("reproduce", "another run is at work in results/: wait for it, or stop it")
+    except OSError as error:
+        fail("reproduce", f"results/.lock cannot be opened: {error.strerror}. Remove it if it is a link")
+    with signals_raise():
+        return run(plan)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
