@@ -23,6 +23,7 @@ from scripts.evaluation import results
 from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
 from scripts.reporting import calibration, markup, paper, report, runs, statistics, verdicts
 from tests.helpers import ROOT, VARIANTS, N, make_run, write_task
+from vista_patch.config import VistaConfig
 
 
 @pytest.fixture
@@ -144,6 +145,30 @@ def test_a_blind_baseline_is_said_at_the_top(tmp_path):
     report.main([str(make_run(tmp_path, blind_accuracy=0.7))])
     first = next(line for line in (tmp_path / "report.md").read_text().splitlines() if line.startswith("-"))
     assert first.startswith("- **NO COMPARISON WITH llava-tiny MEANS ANYTHING")
+
+
+def test_a_row_shows_what_it_was_trained_with(tmp_path):
+    """As its checkpoints say, which its config need not say any more; a stage each, where they differ."""
+    make_run(tmp_path, seeds=2)
+    half = {"vista": VistaConfig(metric="l2", weight=0.5).to_dict()}
+    for seed in (0, 1):
+        (tmp_path / f"seed{seed}/llava-tiny-vista-finetune/config.json").write_text(json.dumps(half))
+        for stage, settings in {"pretrain": {}, "finetune": {"vista": {"metric": "cosine"}}}.items():
+            path = tmp_path / f"seed{seed}/llava-tiny-vista-cosine-{stage}/config.json"
+            path.write_text(json.dumps(settings))
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "| Method | vista | vista_reduction | vista_ramp | vista_weight | vista_detach_text |" in text
+    assert "| llava-tiny-vista | l2 | mean | t/m | 0.5 | false |" in text
+    assert "| llava-tiny-vista-cosine, stage 1 | off |" in text and "-cosine, stage 2 | cosine | mean |" in text
+    settings = json.loads((tmp_path / "report.json").read_text())["groups"]["llava-tiny"]["settings"]
+    assert settings["llava-tiny-vista"]["stage 2"]["vista_weight"] == 0.5
+    (tmp_path / "seed1/llava-tiny-vista-finetune/config.json").write_text(json.dumps({"vista": {"metric": "l2"}}))
+    with pytest.raises(SystemExit, match=r"seed1/llava-tiny-vista-finetune/config.json: .* another seed has"):
+        report.main([str(tmp_path)])
+    (tmp_path / "seed1/llava-tiny-vista-finetune/config.json").write_text('{"vista": {"wieght": 1}}')
+    with pytest.raises(SystemExit, match=r"config.json: not a checkpoint's config .*wieght"):
+        report.main([str(tmp_path)])
 
 
 def test_seeds_give_mean_and_standard_deviation(tmp_path):
