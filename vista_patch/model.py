@@ -68,10 +68,15 @@ def _run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
     return output
 
 
-def add(step: Step, ce: Tensor, share: float | Tensor) -> Tensor:
-    """`ce` and this step's term, weighted; `share` is the part of an optimizer step's loss that this step gives."""
+def add(step: Step, ce: Tensor, share: float | Tensor, whole: bool = False) -> Tensor:
+    """`ce` and this step's term, weighted.
+
+    share: the part of an optimizer step's loss that this step gives; of `ce` too, unless that is `whole`.
+    """
     vista = step.term(ce)
-    alone = ce.detach() / share if isinstance(share, float) else torch.where(share > 0, ce.detach() / share, 0.0)
+    alone = ce.detach()
+    if not whole:
+        alone = alone / share if isinstance(share, float) else torch.where(share > 0, alone / share, 0.0)
     record(step.model, alone, vista, len(step.given["input_ids"]))
     return ce if vista is None else ce + (step.config.weight * share * vista.loss).to(ce.dtype)
 
@@ -238,14 +243,15 @@ def _watch(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
     config = _config(model)
     if config.active and kwargs.get("inputs_embeds") is not None:
         step = Step(model, config, {"images": kwargs["inputs_embeds"]}, adds=True)
-        step.why = f"its forward is not the patched one any more ({whose(model)})"
+        step.why = f"its forward is not the patched one any more, but that at {whose(model)}"
         step.guard(output[0] if isinstance(output, tuple) else output["last_hidden_state"])
 
 
 def whose(model: nn.Module) -> str:
-    """The forward that a call of the model runs now, by its full name."""
-    forward = inspect.unwrap(model.forward)
-    return f"{getattr(forward, '__module__', '')}.{getattr(forward, '__qualname__', forward)}"
+    """The file and line of the forward that a call of the model runs now."""
+    forward: Any = model.forward
+    code = getattr(inspect.unwrap(forward) if hasattr(forward, "adds_vista") else forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(forward)
 
 
 def _config(model: nn.Module) -> VistaConfig:

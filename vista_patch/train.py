@@ -4,6 +4,7 @@ import functools
 import inspect
 import logging
 import math
+import sys
 from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from .model import PARSED, _config, add, configured, find, vista_metrics, whose
 from .observe import observe
 
 logger = logging.getLogger(__name__)
+# These two releases divide no gradient by the number of micro-steps, but what they log.
+SUMS = getattr(sys.modules.get("transformers"), "__version__", "").startswith(("4.46.", "4.47."))
 
 
 def vista_arguments(arguments: type) -> type:
@@ -73,7 +76,7 @@ class Attachment:
     """What `attach` has done to a trainer; `undo` takes it back."""
 
     def __init__(self, trainer: Any, config: VistaConfig):
-        self.trainer, self.config = trainer, config
+        self.trainer, self.config, self.halved = trainer, config, 0.0
         self.model = find(trainer.model) if config.active else trainer.model
         self.before = vars(self.model.config).get("vista") if hasattr(self.model, "config") else None
         self.model.config.vista = config.to_dict()
@@ -83,16 +86,15 @@ class Attachment:
         for name, stock in self.stock.items():
             if config.active or name == "log":
                 setattr(trainer, name, functools.update_wrapper(functools.partial(getattr(self, name)), stock))
-        if config.active and self.undivided(1) and trainer.args.gradient_accumulation_steps > 1:
-            names = inspect.unwrap(self.model.forward).__code__.co_names
-            if "CrossEntropyLoss" in names and "loss_function" not in names:
-                logger.warning(
-                    "VISTA: this release of transformers adds up the cross-entropy of %s's micro-steps where it should "
-                    "take their mean: it is gradient_accumulation_steps = %d times too large, with VISTA and without. "
-                    "The VISTA term is a mean. A newer release of transformers is right.",
-                    type(self.model).__name__,
-                    trainer.args.gradient_accumulation_steps,
-                )
+        steps = trainer.args.gradient_accumulation_steps if config.active and "compute_loss" in self.stock else 1
+        if steps > 1 and self.adds_up():
+            logger.warning(
+                "VISTA: this release of transformers takes the sum of the micro-steps' cross-entropy in place of "
+                "the mean: with gradient_accumulation_steps = %d its gradient is %d times too large, with VISTA and "
+                "without. The VISTA term is a mean. A newer release is right, and so are single micro-steps.",
+                steps,
+                steps,
+            )
 
     def undo(self) -> None:
         for name in self.stock:
@@ -102,13 +104,25 @@ class Attachment:
             del self.model.config.vista
 
     def undivided(self, items: Any) -> bool:
-        """Whether the trainer takes the sum of its micro-steps' losses, where it gives a loss the step's `items`."""
+        """Whether the gradient of an optimizer step is the sum over its micro-steps of what compute_loss returns.
+
+        items: the num_items_in_batch of the step. Source: transformers.Trainer.training_step, 4.37 to 5.24.
+        """
         trainer = self.trainer
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is not None:
-            return scaled
+        if getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
+            return bool(trainer.loss_is_scaled_for_ga)
         given = items is not None and getattr(trainer, "model_accepts_loss_kwargs", False)
-        return given or getattr(trainer, "compute_loss_func", None) is not None
+        return SUMS or given or getattr(trainer, "compute_loss_func", None) is not None
+
+    def adds_up(self) -> bool:
+        """Whether the trainer's own loss is then a mean over a micro-step, so that more micro-steps make it larger."""
+        trainer, smoother = self.trainer, getattr(self.trainer, "label_smoother", None)
+        if getattr(trainer, "compute_loss_func", None) is not None or not self.undivided(1):
+            return False
+        if smoother is not None:
+            return "num_items_in_batch" not in inspect.signature(smoother).parameters
+        names = inspect.unwrap(self.model.forward).__code__.co_names
+        return "CrossEntropyLoss" in names and "loss_function" not in names
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         stock = self.stock["compute_loss"]
@@ -116,14 +130,15 @@ class Attachment:
             return stock(model, inputs, *args, **kwargs)
         with observe(self.model, self.config, inputs) as step:
             result = stock(model, inputs, *args, **kwargs)
-        given = inspect.signature(stock).bind(model, inputs, *args, **kwargs).arguments
+        items = inspect.signature(stock).bind(model, inputs, *args, **kwargs).arguments.get("num_items_in_batch")
         share = 1.0
-        if self.undivided(given.get("num_items_in_batch")):
+        if self.undivided(items):
             steps = self.trainer.args.gradient_accumulation_steps
             share = 1.0 / getattr(self.trainer, "current_gradient_accumulation_steps", steps)
+        self.halved = share if SUMS and items is None and share < 1 else 0.0
         if isinstance(result, tuple):
-            return (add(step, result[0], share), *result[1:])
-        return add(step, result, share)
+            return (add(step, result[0], share, self.halved > 0), *result[1:])
+        return add(step, result, share, self.halved > 0)
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if "loss" in logs:
@@ -135,6 +150,8 @@ class Attachment:
                     f"the term: {whose(self.model)} ran by another way"
                 )
             logs = {**logs, **figures}
+            if self.halved:  # what was logged of the term was divided once too often
+                logs["loss"] += self.config.weight * figures["loss_vista"] * (1 - self.halved)
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(f"loss is {logs['loss']} at {step}: nothing was skipped or reset")
         return self.stock["log"](logs, *args, **kwargs)
