@@ -40,6 +40,17 @@ class Arguments(argparse.ArgumentParser):
         fail(Path(self.prog).stem, f"{message}; {' '.join(self.format_usage().split())}")
 
 
+def run(step: str, main: Callable[[list[str]], int]) -> NoReturn:
+    """Calls main with the command line. What the system refuses (a full disk, a closed terminal) is one line too."""
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        fail(step, f"{where}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
 def need_setup(step: str) -> None:
     """Refuses on a clone whose environment was not made yet."""
     if not (ROOT / ".venv/bin/python").exists():

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts import config
+from scripts import common, config
 from scripts.common import ROOT, Arguments, Busy, Job, fail, lock, run_abreast, signals_raise, start
 from scripts.training import launch
 
@@ -174,4 +174,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run("reproduce", main)

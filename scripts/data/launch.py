@@ -12,7 +12,7 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 
-from scripts import config
+from scripts import common, config
 from scripts.common import ROOT, Arguments, Job, fail, need_setup, run_abreast, signals_raise, start
 
 
@@ -51,4 +51,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run("data", main)

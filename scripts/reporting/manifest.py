@@ -7,12 +7,11 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from argparse import RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 
-from scripts import config
+from scripts import common, config
 from scripts.common import ROOT, Arguments, cpu_name, fail, need_setup, sha256, write_whole
 
 PACKAGES = ["torch", "transformers", "tokenizers", "accelerate", "deepspeed", "peft", "numpy", "lmms-eval", "datasets"]
@@ -96,4 +95,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run("manifest", main)

@@ -14,6 +14,7 @@ from typing import Any
 
 import tomllib
 
+from scripts import common
 from scripts.common import ROOT, Arguments, Busy, fail, lock, remove_below, signals_raise, start, stop, write_whole
 
 FOLDER = Path("upstream")
@@ -119,4 +120,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run("upstream", main)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from scripts import config
+from scripts import common, config
 from scripts.common import (
     ROOT,
     Arguments,
@@ -410,4 +410,4 @@ def seed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    common.run("train", main)
