@@ -49,6 +49,8 @@ hand_on() { # VARIABLE of uv, SETTING of pip
 }
 hand_on UV_DEFAULT_INDEX index-url
 hand_on UV_INDEX extra-index-url
+# pip looks for a version on every index; so may uv, since each package is checked against its hash.
+export UV_INDEX_STRATEGY=${UV_INDEX_STRATEGY:-unsafe-best-match}
 hand_on UV_INSECURE_HOST trusted-host
 hand_on SSL_CERT_FILE cert
 # torch's CPU build is on the PyTorch index, or in a folder of wheels that pip already knows of.
