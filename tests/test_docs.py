@@ -1,11 +1,14 @@
 """README and docs: short, plain, every link exists, and every command that they print runs."""
 
+import os
 import re
+import shutil
 import subprocess
+import sys
 
 import pytest
 
-from tests.helpers import ROOT, ROWS, batch
+from tests.helpers import ROOT, ROWS, UPSTREAM, batch
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tests/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
@@ -82,8 +85,128 @@ def test_readmes_python_runs(make_model, tmp_path, capsys):
     assert len(blocks) == 2
 
 
-def test_make_alone_prints_the_targets():
-    makefile = (ROOT / "Makefile").read_text()
-    done = subprocess.run(["make", "-C", ROOT], capture_output=True, text=True)
-    targets = re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE)
-    assert done.returncode == 0 and all(f"make {target} " in done.stdout for target in targets if target != "help")
+# -- the commands
+
+COMMAND = re.compile(r"(\w+=\S+ )*(make|pip|scripts/\S+|ci/\S+|docker/\S+|\.venv/\S+|python|apt-get|taskset) \S.*")
+
+
+def printed(page):
+    """The commands of a page's ```bash blocks, without comments, and those in its text that have arguments."""
+    text = page.read_text()
+    blocks = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)).replace("\\\n", " ")
+    lines = [re.sub(r"\s+# .*", "", line) for line in blocks.splitlines()]
+    text = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    inline = [code for code in re.findall(r"`([^`]+)`", text) if COMMAND.fullmatch(" ".join(code.split()))]
+    return [" ".join(command.split()) for command in lines + inline if command.strip()]
+
+
+COMMANDS = sorted({command for page in PAGES for command in printed(page)})
+PATCHED = "python -m vista_patch apply LLaVA && "
+# How a command is tried here where it would take long or wants another machine: a pattern, and what runs in its place.
+SHORT = {
+    r"make (.+)": r"make --dry-run \1",
+    r"(scripts/reproduce\.sh.*--dry-run)": r"\1",
+    r"(.*scripts/reproduce\.sh.*)": r"\1 --dry-run",
+    r"scripts/docker_run\.sh (?:--dry-run )?(.*)": r"scripts/docker_run.sh --dry-run \1",
+    r"(DRY_RUN=1 scripts/train\.sh .*)": r"\1",
+    r"((?:\w+=\S+ )?scripts/(?:data|docker_build|eval|probe|train)\.sh) .*": r"\1 --help",
+    r"(.*pytest .*)": r"\1 --collect-only -q",
+    r"taskset -c 1 (.*) --write": r"\1 --help",
+    r"(\.venv/bin/python -m scripts\.reporting\.report) .*": r"\1 --help",
+    r"pip install \.": ".uv/bin/uv venv -q new && .uv/bin/uv pip install -q --python new --no-deps . && "
+    "new/bin/python -m vista_patch --help",
+    r"python -m vista_patch check PATH": "python -m vista_patch check LLaVA || [ $? = 1 ]",  # 1: stock
+    r"python -m vista_patch apply PATH": "python -m vista_patch apply LLaVA",
+    r"python -m vista_patch revert PATH": PATCHED + "python -m vista_patch revert LLaVA",
+    r"deepspeed (llava/train/train)_mem\.py --vista l2 \.\.\.": PATCHED
+    + r"cd LLaVA && PYTHONPATH=. python \1.py --help | grep -e --vista",
+}
+NOT_HERE = {  # and why
+    r"sbatch .*": "there is no Slurm here; test_cluster.py runs the script with a stand-in",
+    r"scripts/docker_run\.sh cuda X ARGUMENTS": "stands for the commands below it",
+    r"scripts/X\.sh ARGUMENTS": "stands for the commands below it",
+    r"docker/flash_attn\.sh .*": "downloads a wheel for CUDA; the image's build runs it",
+    r"scripts/setup/env\.sh llava": "installs 5 GB; make test-pins does",
+    r"scripts/setup/doctor\.sh full llava tinyllava": "fails without a GPU, as it should: test_scripts.py",
+    r"apt-get .*": "changes the machine",
+    r"\.venv/bin/pre-commit install": "changes the clone's git hooks",
+    r"\.ci/run": "runs this test",
+}
+
+
+def here(command):
+    """What is run here for a printed command; None for what cannot be."""
+    if any(re.fullmatch(pattern, command) for pattern in NOT_HERE):
+        return None
+    for pattern, short in SHORT.items():
+        if match := re.fullmatch(pattern, command):
+            return match.expand(short)
+    return command
+
+
+TRIED = sorted({here(command) for command in COMMANDS} - {None})
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory):
+    """A clone that nothing has been set up in."""
+    folder = tmp_path_factory.mktemp("bare") / "kit"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clone(bare, tmp_path_factory):
+    """A clone after `make setup`, with a stock LLaVA beside it."""
+    folder = tmp_path_factory.mktemp("set-up") / "kit"
+    shutil.copytree(bare, folder)
+    for name in (".venv", ".uv", "upstream"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(UPSTREAM, folder / "LLaVA", ignore=shutil.ignore_patterns(".git"))
+    subprocess.run([sys.executable, "-m", "vista_patch", "revert", "LLaVA"], cwd=folder, check=True)
+    return folder
+
+
+def run(folder, command):
+    path = f"{folder / '.venv/bin'}:{os.environ['PATH']}"
+    environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"} | {"PATH": path}
+    done = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_what_is_tried_or_not_here_is_printed_somewhere():
+    for pattern in (*SHORT, *NOT_HERE):
+        assert any(re.fullmatch(pattern, command) for command in COMMANDS), f"no page prints {pattern}"
+
+
+@pytest.mark.parametrize("command", TRIED)
+def test_a_printed_command_runs(clone, command):
+    code, said = run(clone, command)
+    assert code == 0 and "Traceback" not in said, said[-3000:]
+
+
+# One command of each script, the shortest.
+BARE = {re.findall(r"scripts/\w+\.sh", c)[0]: c for c in sorted(TRIED, key=len, reverse=True) if ".sh" in c}
+
+
+@pytest.mark.parametrize("command", BARE.values(), ids=BARE)
+def test_on_a_bare_clone_it_runs_or_says_what_sets_it_up(bare, command):
+    code, said = run(bare, command)
+    assert "Traceback" not in said and (code == 0 or "make setup" in said), said[-3000:]
+    assert not (bare / ".venv").exists() and not (bare / "results").exists()
+
+
+def test_make_alone_prints_the_targets(bare):
+    code, said = run(bare, "make")
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert code == 0 and all(f"make {target} " in said for target in targets if target != "help")
+    assert not (bare / ".venv").exists()
