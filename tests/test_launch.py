@@ -1,5 +1,6 @@
 """How the launchers start, share and end what they run: devices, locks, children, settings, and a bare clone."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,7 +19,14 @@ from scripts.evaluation.results import record
 from scripts.training import launch
 from tests.helpers import ROOT, write_task
 
-SHELL = ("reproduce", "train", "eval", "data", "probe", "setup/upstream")
+SHELL = (
+    "reproduce",
+    "train",
+    "eval",
+    "data",
+    "probe",
+    *(f"setup/{name}" for name in ("doctor", "env", "patch", "upstream")),
+)
 MODULES = (
     "config", "reproduce", "training.launch", "training.cost", "evaluation.launch", "data.launch", "setup.upstream",
     "reporting.manifest",
@@ -303,6 +311,23 @@ def test_lanes_stop_at_a_failure_or_go_on(tmp_path):
         (tmp_path / "ran").write_text("")
         assert not common.run_abreast([[job("a", 1), job("b")], [job("c")]], 1, go_on)
         assert set((tmp_path / "ran").read_text().split()) == ran
+
+
+def test_a_full_disk_is_one_line(bare, tmp_path):
+    for name in (".venv", "upstream"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "results").mkdir()
+    mounted = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path / "results"]
+    if subprocess.run(mounted, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here (root may)")
+    try:
+        with open(tmp_path / "results/full", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        code, _, err = bare("scripts/train.sh", "llava-tiny", "pretrain")
+        assert code == 1 and "No space left on device" in err and err.count("\n") == 1
+    finally:
+        subprocess.run(["umount", tmp_path / "results"], check=True)
 
 
 # -- evaluations

@@ -5,8 +5,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-profile=${1:?usage: scripts/setup/doctor.sh tiny|full [BACKBONE]...}
-[[ $profile == @(tiny|full) ]] || { echo "doctor: no profile '$profile': choose tiny or full" >&2 && exit 2; }
+case ${1:-} in -h | --help) sed -n 's/^#   scripts/usage: scripts/p; s/^# //p' scripts/setup/doctor.sh && exit ;; esac
+profile=${1:-}
+[[ $profile == @(tiny|full) ]] ||
+    { echo "doctor: no profile '$profile': choose tiny or full; usage: scripts/setup/doctor.sh tiny|full [BACKBONE]..." >&2 && exit 2; }
 shift
 problems=0
 problem() { echo "doctor: $*" >&2 && problems=1; }

@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
+case ${1:-} in -h | --help) sed -n 's/^#   scripts/usage: scripts/p; s/^# //p' scripts/setup/env.sh && exit ;; esac
 name=${1:-cpu}
 case $name in
     cpu) venv=.venv python=3.11 imports="lmms_eval, easy_vqa, sklearn" ;;
