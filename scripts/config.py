@@ -3,9 +3,10 @@
 python -m scripts.config NAME get KEY...        top-level keys, one value per line
 python -m scripts.config NAME pretrain|finetune the stage's flags, one word per line
 
-A config changes keys of its `base` and adds none. A wrong name, key or type is one error that names the nearest
-right one, and exit code 2. What a machine may differ in, the environment can say instead of the config: RANKS (GPUs in
-all), PER_DEVICE (per_device_train_batch_size) and REPORT_TO; the global batch stays.
+A config changes keys of its `base` and adds none; a stage may have [vista]'s keys of its own. A wrong name, key or
+type is one error that names the nearest right one, and exit code 2. What a machine may differ in, the environment can
+say instead of the config: RANKS (GPUs in all), PER_DEVICE (per_device_train_batch_size), REPORT_TO and RUN_FOLDER (run:
+where results go); the global batch stays.
 """
 
 import difflib
@@ -27,6 +28,7 @@ else:
 USAGE = "python -m scripts.config NAME get KEY... | NAME pretrain|finetune"
 CONFIGS = Path(__file__).parent / "configs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of an experiment and of a task: a folder's name
+STAGES = ("pretrain", "finetune")
 CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "full"), "unlabelled": ("stop", "skip")}
 Config = dict[str, Any]
 
@@ -36,7 +38,7 @@ class ConfigError(Exception):
 
 
 def load(name: str, ranks: int | None = None) -> Config:
-    """The named config over its bases, and RANKS (or `ranks`), PER_DEVICE and REPORT_TO over it. Raises ConfigError."""
+    """The named config over its bases, and over it what the environment (or `ranks`) says. Raises ConfigError."""
     config = _read(name)
     for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", *CHOICES):
         if key not in config:
@@ -45,6 +47,7 @@ def load(name: str, ranks: int | None = None) -> Config:
         "RANKS": ("ranks", [config]),
         "PER_DEVICE": ("per_device_train_batch_size", [config["pretrain"], config["finetune"]]),
         "REPORT_TO": ("report_to", [config["train"]]),
+        "RUN_FOLDER": ("run", [config]),
     }
     variables = os.environ if ranks is None else {**os.environ, "RANKS": str(ranks)}
     for variable, (key, where) in tables.items():
@@ -95,14 +98,15 @@ def _read(name: str, above: tuple[str, ...] = ()) -> Config:
     return _override(_read(base, (*above, name)), config, f"{path}: ") if base else config
 
 
-def _override(base: Config, changes: Config, where: str) -> Config:
-    merged = dict(base)
+def _override(base: Config, changes: Config, where: str, also: Config | None = None) -> Config:
+    """base with changes. also: keys that base has not, and changes may have."""
+    merged, base = dict(base), {**(also or {}), **base}
     for key, value in changes.items():
         if key not in base:
-            hint = nearest(key, {name: flag for flag, name in FLAGS.items()}) if "vista_weight" in base else None
+            hint = nearest(key, {name: flag for flag, name in FLAGS.items()}) if "vista_weight" in merged else None
             raise ConfigError(f"{where}unknown key {key!r}: {hint or _nearest(key, list(base))}")
         if isinstance(base[key], dict) and isinstance(value, dict):
-            value = _override(base[key], value, f"{where}[{key}] ")
+            value = _override(base[key], value, f"{where}[{key}] ", base.get("vista") if key in STAGES else None)
         elif isinstance(base[key], float) and type(value) is int:
             value = float(value)
         elif type(value) is not type(base[key]):
@@ -117,6 +121,11 @@ def _nearest(word: str, words: list[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(sorted(words))}"
 
 
+def vista(config: Config, stage: str) -> Config:
+    """[vista] as one stage has it."""
+    return {key: config[stage].get(key, value) for key, value in config["vista"].items()}
+
+
 def settings(config: Config, stage: str) -> dict[str, str]:
     """{flag: value} of one stage of stock.py. Accumulation keeps the global batch whatever the number of ranks."""
     stage_flags = dict(config[stage])
@@ -129,10 +138,10 @@ def settings(config: Config, stage: str) -> dict[str, str]:
             f"x ranks {config['ranks']}: change one of the three (PER_DEVICE and RANKS set the last two)"
         )
     try:
-        VistaConfig.from_arguments(config["vista"])
+        VistaConfig.from_arguments(vista(config, stage))
     except ValueError as error:
         raise ConfigError(f"[vista] {error}") from None
-    values = {**config["train"], **stage_flags, **config["vista"], "gradient_accumulation_steps": accumulate}
+    values = {**config["train"], **stage_flags, **vista(config, stage), "gradient_accumulation_steps": accumulate}
     if config["unlabelled"] != "stop":  # stock.py's own flag
         values["unlabelled"] = config["unlabelled"]
     return {key: str(value) for key, value in values.items()}

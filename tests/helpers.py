@@ -130,8 +130,8 @@ def small_experiment(tree, base, parts, models, stages, train):
 # -- a checkout whose runs are short
 
 SMALLER = {  # file below scripts: what stands there, and what makes the run short
-    "configs/llava-tiny.toml": {"max_steps = 100": "max_steps = 4", "max_steps = 250": "max_steps = 8"}
-    | {"save_steps = 50": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
+    "configs/llava-tiny.toml": {"max_steps = 300": "max_steps = 4", "max_steps = 400": "max_steps = 8"}
+    | {"save_steps = 100": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
     "configs/llava-tiny-vista.toml": {'["easyvqa", "digits"]': '["digits"]'},
     "configs/llava-tiny-vista-cosine.toml": {'["easyvqa", "digits"]': '["digits"]'},
 }  # fmt: skip
@@ -330,6 +330,13 @@ def make_run(root, seeds=1, blind_accuracy=0.2, variants=VARIANTS):
         maps[:, 0, 0] = np.nan if name.startswith("tiny") else 0
         arrays |= {"map": maps, "question": np.array(["what?", "where?"])}
         arrays["image"] = rng.integers(0, 255, (2, 64, 64, 3)).astype("uint8")
+        more = np.random.default_rng(1)
+        arrays |= {"fact_token": np.tile([3, 9, 15], (16, 1)), "fact_right": more.integers(0, 2, (16, 3)) + 0.0}
+        arrays |= {"stage_1_ce": more.random(8), "stage_1_ce_swapped": 1 + more.random(8)}
+        arrays |= {key: more.random(6) for key in ("auroc", "hit", "hit_chance")}
+        arrays["map_type"] = np.array(["digits"] * 6)
+        for term in ("ce", "l2", "cosine"):
+            arrays |= {f"size_{term}": 1 + more.random(4), f"grad_{term}": 1 + more.random((4, 3))}
         (base / "probe").mkdir(exist_ok=True)
         np.savez(base / "probe" / f"{name}.npz", **arrays)
     suffix = "\nAnswer the question using a single word or phrase."

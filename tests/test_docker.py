@@ -63,7 +63,7 @@ def test_smoke_killed_in_stage_2_continues_and_is_green(image, tmp_path):
     smoke = run(tmp_path, "smoke")
     running = subprocess.Popen(smoke, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     for line in running.stdout:
-        if line.startswith("finetune:") and re.search(r" [1-9]\d\d?/250 ", line):
+        if line.startswith("finetune:") and re.search(r" [1-9]\d\d?/400 ", line):
             break
     subprocess.run([DOCKER, "kill", *told(DOCKER, "ps", "-q")[1].split()], check=True)
     assert running.wait(timeout=60) == 128 + signal.SIGKILL

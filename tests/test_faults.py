@@ -22,7 +22,7 @@ from tests.helpers import small_kit
 
 EXPERIMENTS = ("llava-tiny", "llava-tiny-vista", "llava-tiny-vista-cosine")
 SIZES = {
-    "TINY_DATA": "--scenes 100 --easyvqa 4 --digits 4 --describe 4",
+    "TINY_DATA": "--scenes 100 --easyvqa 4 --digits 4 --probe 4",
     "TINY_MODELS": "--vision-steps 20 --language-steps 20",
 }
 KILLS = [  # (the step, at least and at most so many seconds after it begins, or after a checkpoint is begun)

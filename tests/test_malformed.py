@@ -1,10 +1,12 @@
 """What a user can get wrong: each ends in a non-zero exit code and one error that names it, and leaves no trace."""
 
+import io
 import os
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from tests.helpers import ROOT, UPSTREAM, make_run
@@ -70,6 +72,13 @@ def half(data):
     return data[: len(data) // 2]
 
 
+def older(data):
+    """A probe as the kit measured it before it knew of facts."""
+    arrays, out = dict(np.load(io.BytesIO(data))), io.BytesIO()
+    np.savez(out, **{name: array for name, array in arrays.items() if not name.startswith("fact")})
+    return out.getvalue()
+
+
 def nan(text):
     return text.replace(b"3.0", b"NaN")
 
@@ -84,7 +93,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "config: unknown key": (mine("[pretrain]\nlerning_rate = 1.0"), CONFIG, "did you mean 'learning_rate'?"),
     "config: unknown section": (mine("[pretrian]\nlearning_rate = 1.0"), CONFIG, "did you mean 'pretrain'?"),
     "config: key in the wrong section": (mine("learning_rate = 1.0"), CONFIG, "unknown key 'learning_rate'"),
-    "config: text for a number": (mine('[train]\nsave_steps = "5"'), CONFIG, "save_steps = '5' must be int, as 50"),
+    "config: text for a number": (mine('[train]\nsave_steps = "5"'), CONFIG, "save_steps = '5' must be int, as 100"),
     "config: bool for a number": (mine("ranks = true"), CONFIG, "ranks = True must be int"),
     "config: value for a table": (mine("train = 3"), CONFIG, "train = 3 must be a table"),
     "config: unknown base": (mine(b'base = "llava-tini"'), CONFIG, "did you mean 'llava-tiny'?"),
@@ -124,6 +133,8 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "train: no stage": (None, ("scripts/train.sh", "llava-tiny"), "usage: scripts/train.sh EXPERIMENT"),
     "train: unknown stage": (None, ("scripts/train.sh", "llava-tiny", "pretran"), "'pretran'"),
     "train: seed is no number": (None, ("scripts/train.sh", "llava-tiny", "pretrain", "x"), "seed 'x'"),
+    "config: a stage's own term": (mine('[pretrain]\nvista = "L2"'), CONFIG, "[vista] "),
+    "config: a stage's own term, a number": (mine('[finetune]\nvista = 1'), CONFIG, "[finetune] vista = 1 must be"),
     "manifest: unknown experiment": (None, (*MANIFEST, "llava-tinny"), "did you mean 'llava-tiny'"),
     "docker: unknown target": (None, (PYTHON, "docker/kit.py", "run", "gpu"), "invalid choice: 'gpu'"),
     "docker: build argument without value": (
@@ -205,6 +216,9 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "report: half a log": (run("seed0/llava-tiny-finetune/trainer_state.json", half), REPORT, "not a trainer state"),
     "report: a NaN loss": (run("seed0/llava-tiny-finetune/trainer_state.json", nan), REPORT, "not finite"),
     "report: half a probe": (run("seed0/probe/llava-tiny-vista.npz", half), REPORT, "probe.sh llava-tiny-vista 0"),
+    "report: a probe of an older kit": (
+        run("seed0/probe/llava-tiny-vista.npz", older), REPORT, "without fact_right, fact_token"
+    ),
     "report: half a manifest": (run("manifest-llava.json", half), REPORT, "scripts.reporting.manifest"),
     "report: half the conversations": (run("data/finetune.json", half), REPORT, "scripts/data.sh"),
 }  # fmt: skip

@@ -75,13 +75,13 @@ def serve(server, folder):
     from scripts.miniature import tiny_data
 
     catalog = config.tomllib.loads((ROOT / "scripts/data/sources.toml").read_text())
-    pictures = tiny_data.easyvqa_split("train")
+    pictures = tiny_data.easyvqa_split("training")
     captions, captioned, rows, archives = [], {}, [], {name: {} for name in FOLDERS}
-    for i, (png, _, questions) in enumerate(pictures[:64]):
+    for i, (png, _, questions, *_) in enumerate(pictures[:64]):
         captioned[f"{i % 4:05}/{i}.jpg"] = png
         turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": questions[0][0]}]
         captions.append({"id": str(i), "image": f"{i % 4:05}/{i}.jpg", "conversations": turns})
-    for i, (png, _, questions) in enumerate(pictures[64:112]):
+    for i, (png, _, questions, *_) in enumerate(pictures[64:112]):
         name = list(FOLDERS)[i % 6]
         image = FOLDERS[name].format(i)
         packed_as = image.replace(".jpg", ".gif") if name == "ocr-vqa" and i % 12 == 2 else image

@@ -778,7 +778,7 @@ def test_nothing_that_a_file_says_is_markup(hostile, listener, tmp_path, capsys)
     assert len(sources) == 11 and all(source.startswith("data:image/png;base64,i") for source in sources)
     dom = dump_dom(hostile / "report.html", tmp_path)
     assert "<title>VISTA against its baseline: " in dom and "owned'</title>" not in dom and not listener.asked
-    assert dom.count("<table>") == 5 and dom.count("<h1>") == 1  # no row and no heading of a stranger's
+    assert dom.count("<table>") == 7 and dom.count("<h1>") == 1  # no row and no heading of a stranger's
     assert "<code" in dom and dom.count("<pre>") == 3
     written = "".join((hostile / f"report.{kind}").read_text() for kind in ("html", "md", "json"))
     for secret in ("pass-word", "query-key", "hf_abcdefghijkl", "sk-abcdef", "\x1b"):
@@ -857,7 +857,7 @@ FRAME = """<!doctype html><iframe width="{width}" height="900" style="border: 0"
 
 @browser
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("which, tables, images", [("run", 5, 6), ("suite_run", 9, 4)])
+@pytest.mark.parametrize("which, tables, images", [("run", 7, 6), ("suite_run", 9, 4)])
 def test_page_in_a_browser(request, tmp_path, which, tables, images, width):
     folder = request.getfixturevalue(which)
     if which == "run":

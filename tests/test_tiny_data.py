@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from PIL import Image  # noqa: E402
 from scripts.miniature import tiny_data  # noqa: E402
 
 TASKS = ("easyvqa", "digits")
+PROBED = ("describe", "caption", "maps")
 
 
 def run(out, hash_seed="0"):
@@ -98,9 +100,10 @@ def test_whole_output_is_kept_and_a_damaged_one_refused(data, tmp_path):
 
 def test_no_held_out_image_is_trained_on(data):
     trained = {pixels(path.read_bytes()) for path in (data / "images").rglob("*.png")}
-    held_out = {pixels(row["image"]["bytes"]) for task in (*TASKS, "describe") for row in rows(data, task)}
-    assert len(trained) > 7000 and len(held_out) > 500
-    assert not trained & held_out
+    held_out = {pixels(row["image"]["bytes"]) for task in (*TASKS, *PROBED) for row in rows(data, task)}
+    validation = {pixels(row["image"]["bytes"]) for task in TASKS for row in rows(data, f"../validation/{task}")}
+    assert len(trained) > 11_000 and len(held_out) > 500 and len(validation) > 300
+    assert not trained & held_out and not trained & validation and not held_out & validation
 
 
 def test_the_digit_pools_are_disjoint():
@@ -108,9 +111,11 @@ def test_the_digit_pools_are_disjoint():
     from sklearn.datasets import load_digits
 
     digits = load_digits().data
-    train, held_out = tiny_data.digit_pool(False), tiny_data.digit_pool(True)
-    assert len(train) + len(held_out) == len(digits) == 1797
-    assert not {digits[i].tobytes() for i in train} & {digits[i].tobytes() for i in held_out}
+    pools = [tiny_data.digit_pool(split) for split in tiny_data.SPLITS]
+    assert sum(map(len, pools)) == len(digits) == 1797
+    assert len({digits[i].tobytes() for pool in pools for i in pool}) == sum(
+        len({digits[i].tobytes() for i in pool}) for pool in pools
+    )
 
 
 def test_digit_answers_follow_from_the_scene(data):
@@ -120,11 +125,11 @@ def test_digit_answers_follow_from_the_scene(data):
         for row in load(data, "finetune")
         if row.get("image", "").startswith("digits/")
         for q, a in pairs(row)
-        if not q.endswith("detail.")
+        if q not in tiny_data.DESCRIBE
     ]
     assert False not in checked and checked.count(True) > 5000
-    for _, note, questions in tiny_data.digit_scenes(200, True, random.Random(7)):
-        assert all(check_answer(q, a, note) for q, a, _ in questions)
+    for picture in tiny_data.digit_scenes(200, "evaluation", random.Random(7)):
+        assert all(check_answer(q, a, picture.note) for q, a, _ in picture.questions)
 
 
 def test_easyvqa_answers_are_its_own(data):
@@ -135,7 +140,7 @@ def test_easyvqa_answers_are_its_own(data):
         for row in load(data, "finetune")
         if row.get("image", "").startswith("easyvqa/")
         for q, a in pairs(row)
-        if q not in tiny_data.DESCRIBE_QUESTIONS
+        if q not in tiny_data.DESCRIBE
     ]
     evaluated = [
         (row["question"], row["answer"], int(Path(row["image"]["path"]).stem.split("-")[1]))
@@ -167,7 +172,50 @@ def test_evaluation_rows(data):
         drop = [{k: v for k, v in row.items() if k != "image"} for row in true]
         assert drop == [{k: v for k, v in row.items() if k != "image"} for row in blind]
         assert len({row["image"]["bytes"] for row in blind}) == 1
-    assert all(len(row["answer"].split()) >= 20 for row in rows(data, "describe")) and len(rows(data, "describe")) == 64
+
+
+def test_long_answers_say_of_each_fact_where_it_stands(data):
+    """60 words and more; facts at every depth; what a fact is and where it stands are independent."""
+    described, depths = rows(data, "describe"), {}
+    assert len(described) == 2 * tiny_data.SIZES["probe"]
+    for row in described:
+        assert len(row["answer"].split()) >= 60
+        facts = [row["answer"][begin:end] for begin, end in row["facts"]]
+        assert len(facts) == {"digits": 4, "easyvqa": 5}[row["question_type"]]
+        known = {
+            "missing",
+            *map(str, range(10)),
+            *tiny_data.SHAPES,
+            *tiny_data.COLORS,
+            "left",
+            "right",
+            "top",
+            "bottom",
+        }
+        assert set(facts) <= known | {"center", "small", "large"}
+        for fact, (begin, _) in zip(facts, row["facts"], strict=True):
+            depths.setdefault("missing" if fact == "missing" else "told", []).append(begin / len(row["answer"]))
+    told = np.array(depths["told"])
+    assert [((told >= low) & (told < low + 0.2)).sum() > 30 for low in (0.2, 0.4, 0.6, 0.8)] == [True] * 4
+    assert abs(np.mean(depths["missing"]) - np.mean(told)) < 0.08
+
+
+def test_masks_show_what_the_question_asks_for(data):
+    """By the annotations and the pixels themselves: a shape's mask has its color, a quarter's lies in that quarter."""
+    quarters = dict(zip(tiny_data.CELLS, ((0, 0), (0, 32), (32, 0), (32, 32)), strict=True))
+    kinds = set()
+    for row in rows(data, "maps"):
+        image = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB"))
+        mask = np.asarray(Image.open(io.BytesIO(row["mask"])).convert("L")) > 0
+        kinds.add(row["question_type"])
+        assert mask.shape == (64, 64) and 0 < mask.sum() < 2500
+        if row["question_type"].startswith("easyvqa"):
+            _, counts = np.unique(image[mask], axis=0, return_counts=True)
+            assert counts.max() > 0.3 * mask.sum() and image[~mask].min() > 150
+        elif row["question_type"].endswith("position"):
+            top, left = next(corner for cell, corner in quarters.items() if f"the {cell}?" in row["question"])
+            assert mask[top : top + 32, left : left + 32].sum() == mask.sum() and image[mask].min() > 64
+    assert kinds == {"easyvqa shape", "easyvqa color", "digits position", "digits largest"}
 
 
 def test_shape_of_the_training_rows(data):
@@ -220,3 +268,21 @@ def test_stock_dataset_trains_on_exactly_the_answers(data, tokenizer, llava, cap
     finally:
         train.conversation_lib.default_conversation = before
     assert "mismatch" not in capsys.readouterr().out
+
+
+def test_the_probe_finds_the_facts_in_the_tokens(data, tokenizer):
+    """Long answers have 60 tokens and more, and the tokens that the probe takes for a fact spell that word."""
+    import torch
+
+    from scripts.reporting.probe import Probe
+
+    probe = SimpleNamespace(tokenizer=tokenizer)
+    for row in rows(data, "describe"):
+        ids = torch.tensor(tokenizer(f"ASSISTANT: {row['answer']}").input_ids)
+        answer_t = ids[len(tokenizer("ASSISTANT:").input_ids) :]
+        assert len(answer_t) >= 60
+        found = [tokenizer.decode(answer_t[first:end]).strip() for first, end in Probe.facts(probe, row, answer_t)]
+        assert found == [row["answer"][begin:end] for begin, end in row["facts"]]
+    wrong = rows(data, "describe")[0] | {"answer": "something else", "question_id": "describe-000"}
+    with pytest.raises(SystemExit, match="the tokens of describe-000's answer spell"):
+        Probe.facts(probe, wrong, answer_t)

@@ -27,9 +27,10 @@ BRIEF = "Please answer directly with only the letter of the correct option and n
 def pictures(count):
     """[{image, shape, color, question, answer}]: pictures whose shape and color easy-vqa's questions give away."""
     found = [
-        {"image": Image.open(io.BytesIO(png)), **note, "question": questions[0][0], "answer": questions[0][1]}
-        for png, note, questions in easyvqa_split("test")
-        if all(note.values())
+        {"image": Image.open(io.BytesIO(p.png)), "shape": p.note["shape"], "color": p.note["color"]}
+        | {"question": p.questions[0][0], "answer": p.questions[0][1]}
+        for p in easyvqa_split("validation") + easyvqa_split("evaluation")
+        if p.note["shape"] and p.note["color"]
     ]
     return random.Random(SEED).sample(found, count)
 

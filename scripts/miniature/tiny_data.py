@@ -1,23 +1,28 @@
 """Data of the miniature: easy-vqa's pictures and scenes of scikit-learn's handwritten digits, in LLaVA's JSON format.
 
-    python -m scripts.miniature.tiny_data [OUT] [--scenes N] [--easyvqa N] [--digits N] [--describe N]
+    python -m scripts.miniature.tiny_data [OUT] [--scenes N] [--easyvqa N] [--digits N] [--probe N]
 
 OUT defaults to results/tiny/data, and the sizes to the miniature's; tests make less:
 --scenes            digit scenes for training
 --easyvqa, --digits evaluation rows of each question type (3 and 5 types)
---describe          long-answer evaluation rows of each image set
+--probe             rows of each image set in describe, caption and maps
 
 OUT/images/...            64x64 RGB PNGs of the training split
 OUT/pretrain.json         stage 1, image -> caption, one row per training image (as blip_laion_cc_sbu_558k.json)
 OUT/finetune.json         stage 2, one- and multi-turn conversations, some without an image (as mix665k)
-OUT/annotations.json      training image -> what is known of it: shape, color, digits (top left ... bottom right)
+OUT/annotations.json      training image -> what is known of it (Picture.note)
 OUT/eval/TASK.parquet     held-out rows: question_id, image, question, answer, question_type. Tasks: easyvqa, digits,
-                          their rows with a grey image (easyvqa_blind, digits_blind), and describe (long answers)
+                          and their rows with a grey image (easyvqa_blind, digits_blind). For scripts/probe.py:
+                          describe   long answers; facts: where the words begin and end that only the image tells
+                          caption    captions as in stage 1, for the CE with the true and with a swapped image
+                          maps       questions for one object; mask: a PNG, white where that object's pixels are
+OUT/validation/...        easyvqa and digits again, of other pictures: settings were chosen on them
 OUT/manifest.json         the sizes, and sha256 of every file and of this script; written last, so its presence means
                           "whole"
 OUT/.made_by              says that the kit made the folder; no folder without it is deleted
 
-Held out: easy-vqa's own test split, and scenes made only of digit images that no training scene contains.
+Held out: easy-vqa's own test split, and scenes made only of digit images that no training scene contains. Validation
+and evaluation share neither pictures nor digit images.
 Everything follows from SEED: two runs write the same bytes.
 """
 
@@ -30,14 +35,22 @@ import random
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 SEED = 0
 SHAPES = ["circle", "rectangle", "triangle"]
 COLORS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
 CELLS = ["top left", "top right", "bottom left", "bottom right"]
+ACROSS, DOWN = ["left", "center", "right"], ["top", "center", "bottom"]
+SMALL = 300  # pixels of a shape: half of easy-vqa's have fewer
 NUMBERS = ["no", "one", "two", "three", "four"]
-SIZES = {"scenes": 4000, "easyvqa": 120, "digits": 60, "describe": 32}  # easy-vqa has 4,000 training images too
-HELD_OUT_DIGITS = 360  # of the 1,797 digit images
+SIZES = {"scenes": 8000, "easyvqa": 120, "digits": 60, "probe": 64}  # easy-vqa has 4,000 training images
+SPLITS = ("training", "validation", "evaluation")
+DIGITS = {"validation": 120, "evaluation": 240}  # of the 1,797 digit images; the rest is for training
+VALIDATION_PICTURES = 300  # of the 1,000 in easy-vqa's test split
+SIDE, GRID = 64, 4  # pixels, and image tokens, in each direction
 GREY = (128, 128, 128)
 
 
@@ -57,45 +70,89 @@ def easyvqa_facts(rows):
     return {image: tuple(sorted(known) for known in sets) for image, sets in facts.items()}
 
 
-def easyvqa_split(split):
-    """[(png bytes, annotation, [(question, answer, type)])] of easy-vqa's "train" or "test" split."""
-    import easy_vqa
+class Picture(NamedTuple):
+    """png: bytes. note: what is known of it: shape and color (None: not known), across, down and size, and cells (the
+    GRID x GRID places that the shape covers, row by row); or the digits (top left ... bottom right, None: empty).
+    questions: [(question, answer, type)]. masks: {object: [64, 64] bool}, of "shape", or of each quarter with a digit.
+    number: easy-vqa's of the picture, or the scene's.
+    """
 
-    rows = list(zip(*getattr(easy_vqa, f"get_{split}_questions")(), strict=True))
-    paths, facts, questions = getattr(easy_vqa, f"get_{split}_image_paths")(), easyvqa_facts(rows), {}
+    png: bytes
+    note: dict
+    questions: list
+    masks: dict
+    number: int
+
+
+def easyvqa_split(split):
+    """easy-vqa's pictures of one of SPLITS."""
+    import easy_vqa
+    from PIL import Image
+
+    of = "train" if split == "training" else "test"
+    rows = list(zip(*getattr(easy_vqa, f"get_{of}_questions")(), strict=True))
+    paths, facts, questions = getattr(easy_vqa, f"get_{of}_image_paths")(), easyvqa_facts(rows), {}
     for question, answer, image in rows:
         kind = "yes_no" if answer in ("yes", "no") else "shape" if answer in SHAPES else "color"
         questions.setdefault(image, []).append((question, answer, kind))
+    wanted = sorted(questions)
+    if of == "test":
+        wanted = wanted[:VALIDATION_PICTURES] if split == "validation" else wanted[VALIDATION_PICTURES:]
     out = []
-    for image in sorted(questions):
+    for image in wanted:
         shape, color = (values[0] if len(values) == 1 else None for values in facts[image])
-        out.append((Path(paths[image]).read_bytes(), {"shape": shape, "color": color}, questions[image]))
+        data = Path(paths[image]).read_bytes()
+        mask = foreground(Image.open(io.BytesIO(data)))
+        note = {"shape": shape, "color": color} | where(mask)
+        out.append(Picture(data, note, questions[image], {"shape": mask}, image))
     return out
 
 
-def digit_pool(held_out):
-    """Indices into load_digits of the digit images for held-out or for training scenes."""
-    order = random.Random(SEED).sample(range(1797), 1797)
-    return order[:HELD_OUT_DIGITS] if held_out else order[HELD_OUT_DIGITS:]
+def foreground(image):
+    """[64, 64] bool: the pixels of easy-vqa's one shape. The background is plain, and its color the commonest."""
+    background = max(image.convert("RGB").getcolors(SIDE**2))[1]
+    return np.abs(np.asarray(image.convert("RGB")).astype(int) - background).max(-1) > 64
 
 
-def digit_scenes(count, held_out, rng):
-    """Like easyvqa_split, for `count` scenes of 1-4 digits, each in a quarter of the canvas, drawn from one of the two
-    disjoint pools of digit images. A digit is 24 of the quarter's 32 pixels wide, at a random place in it."""
+def where(mask):
+    """across, down and size of an object in words, and the cells of the grid that it covers to a tenth and more."""
+    down, across = (int(3 * np.flatnonzero(mask.any(axis)).mean() / SIDE) for axis in (1, 0))
+    cells = mask.reshape(GRID, SIDE // GRID, GRID, SIDE // GRID).mean((1, 3)).ravel()
+    size = "small" if mask.sum() < SMALL else "large"
+    return {"across": ACROSS[across], "down": DOWN[down], "size": size, "cells": (cells > 0.1).tolist()}
+
+
+def digit_pool(split):
+    """Indices into load_digits of the digit images for one of SPLITS; none is in two."""
+    order, held_out = random.Random(SEED).sample(range(1797), 1797), sum(DIGITS.values())
+    return {
+        "training": order[held_out:],
+        "validation": order[: DIGITS["validation"]],
+        "evaluation": order[DIGITS["validation"] : held_out],
+    }[split]
+
+
+def digit_scenes(count, split, rng):
+    """`count` scenes of 1-4 digits, each in a quarter of the canvas, drawn from the digit images of one of SPLITS. A
+    digit is 24 of the quarter's 32 pixels wide, at a random place in it."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
     images, values = load_digits(return_X_y=True)
-    pool = digit_pool(held_out)
+    pool = digit_pool(split)
     out = []
-    for _ in range(count):
-        canvas, digits = Image.new("RGB", (64, 64)), [None] * 4
+    for number in range(count):
+        canvas, digits, masks = np.zeros((SIDE, SIDE), "uint8"), [None] * 4, {}
         for cell in rng.sample(range(4), rng.randint(1, 4)):
             index = rng.choice(pool)
             digit = Image.fromarray((images[index].reshape(8, 8) * 15.9).astype("uint8")).resize((24, 24))
-            canvas.paste(digit, (32 * (cell % 2) + rng.randint(0, 8), 32 * (cell // 2) + rng.randint(0, 8)))
+            left, top = 32 * (cell % 2) + rng.randint(0, 8), 32 * (cell // 2) + rng.randint(0, 8)
+            canvas[top : top + 24, left : left + 24] = digit
             digits[cell] = int(values[index])
-        out.append((png(canvas), {"digits": digits}, digit_questions(digits, rng)))
+            masks[cell] = np.zeros((SIDE, SIDE), bool)
+            masks[cell][top : top + 24, left : left + 24] = np.asarray(digit) > 64
+        data = png(Image.fromarray(canvas).convert("RGB"))
+        out.append(Picture(data, {"digits": digits}, digit_questions(digits, rng), masks, number))
     return out
 
 
@@ -131,28 +188,43 @@ def caption(note, rng):
     return rng.choice([f"{count}: " + ", ".join(cells), ", ".join(cells), f"a picture of {count}, " + ", ".join(cells)])
 
 
-def description(note):
-    """The long answer (20 words and more) to DESCRIBE_QUESTIONS; None where easy-vqa's questions leave the shape or
-    the color open."""
+def grid(note, rng):
+    """The picture as GRID x GRID words, row by row: what an image token of each place stands for."""
     if "digits" in note:
-        count = sum(d is not None for d in note["digits"])
-        parts = [
-            f"The {cell} part {'is empty' if d is None else f'shows the digit {d}'}."
-            for cell, d in zip(CELLS, note["digits"], strict=True)
+        quarters = [2 * (row // 2) + column // 2 for row in range(GRID) for column in range(GRID)]
+        return ["empty" if note["digits"][q] is None else str(note["digits"][q]) for q in quarters]
+    words = [word for word in (note["color"], note["shape"]) if word] or ["shape"]
+    return [rng.choice(words) if covered else "empty" for covered in note["cells"]]
+
+
+def description(note, rng):
+    """The long answer (60 tokens and more) to DESCRIBE: [(text, whether only the image tells it)], to be
+    joined. Its sentences stand in random order, so that a fact's kind says nothing about its position. None where
+    easy-vqa's questions leave the shape or the color open."""
+    if "digits" in note:
+        told = [
+            (f" In the {cell} part of the picture the digit is ", "missing" if digit is None else str(digit))
+            for cell, digit in zip(CELLS, note["digits"], strict=True)
         ]
-        verb = "is one handwritten digit" if count == 1 else f"are {NUMBERS[count]} handwritten digits"
-        return f"There {verb} in the image. " + " ".join(parts)
-    if not (note["shape"] and note["color"]):
+    elif note["shape"] and note["color"]:
+        told = [
+            (" The shape that the picture shows is a ", note["shape"]),
+            (" The color of the shape in the picture is ", note["color"]),
+            (" Seen from left to right its place is the ", note["across"]),
+            (" Seen from top to bottom its place is the ", note["down"]),
+            (" Beside other shapes of this kind it is ", note["size"]),
+        ]
+    else:
         return None
-    no = [s for s in SHAPES if s != note["shape"]]
-    return (
-        f"The image shows one shape on a plain background. The shape is a {note['shape']} and its color is "
-        f"{note['color']}. There is no {no[0]} and no {no[1]} in the image."
-    )
+    parts = [("This is what one can see in the picture, told part by part.", False)]
+    for sentence, fact in rng.sample(told, len(told)):
+        parts += [(sentence, False), (fact, True), (".", False)]
+    return parts
 
 
 SHORT = "Answer the question using a single word or phrase."  # as in mix665k, once, and in the evaluation's prompt
-DESCRIBE_QUESTIONS = ["describe the image in detail.", "please describe everything that you see."]
+CAPTION = ["Describe the image briefly.", "What is in the image?", "Write a short caption."]
+DESCRIBE = ["describe the image in detail.", "please describe everything that you see."]
 
 
 def text_only(rng):
@@ -189,19 +261,21 @@ def with_image(pairs, rng):
 
 def write_training(out, scenes, rng):
     pretrain, finetune, annotations = [], [], {}
-    for name, samples in (("easyvqa", easyvqa_split("train")), ("digits", digit_scenes(scenes, False, rng))):
+    pictures = {"easyvqa": easyvqa_split("training"), "digits": digit_scenes(scenes, "training", rng)}
+    for name, pictures_of in pictures.items():
         (out / "images" / name).mkdir(parents=True)
-        for i, (data, note, questions) in enumerate(samples):
-            row = {"id": f"{name}-{i}", "image": f"{name}/{i}.png"}
+        for data, note, questions, _, number in pictures_of:
+            row = {"id": f"{name}-{number}", "image": f"{name}/{number}.png"}
             (out / "images" / row["image"]).write_bytes(data)
             annotations[row["image"]] = note
-            prompt = rng.choice(["Describe the image briefly.", "What is in the image?", "Write a short caption."])
-            pretrain.append({**row, "conversations": with_image([(prompt, caption(note, rng))], rng)})
-            asked, long = [(q, a) for q, a, _ in rng.sample(questions, len(questions))], description(note)
-            if long and rng.random() < 0.4:
-                finetune.append({**row, "conversations": with_image([(rng.choice(DESCRIBE_QUESTIONS), long)], rng)})
+            pretrain.append({**row, "conversations": with_image([(rng.choice(CAPTION), caption(note, rng))], rng)})
+            long = description(note, rng)
+            if long and rng.random() < 0.25:
+                answer = "".join(text for text, _ in long)
+                finetune.append({**row, "conversations": with_image([(rng.choice(DESCRIBE), answer)], rng)})
+            asked = [(q, a) for q, a, _ in rng.sample(questions, len(questions))]
             asked[0] = (f"{asked[0][0]}\n{SHORT}", asked[0][1])
-            finetune.append({**row, "conversations": with_image(asked[: rng.randint(1, 6)], rng)})
+            finetune.append({**row, "conversations": with_image(asked[: rng.randint(1, 4)], rng)})
     for i in range(600):
         pairs = [text_only(rng) for _ in range(rng.randint(1, 4))]
         finetune.append({"id": f"text-{i}", "conversations": turns(pairs)})
@@ -210,12 +284,14 @@ def write_training(out, scenes, rng):
     (out / "annotations.json").write_text(json.dumps(annotations, indent=1))
 
 
-def write_eval(out, sizes, rng):
+def write_held_out(out, split, sizes, rng):
+    """The tasks of one split, and for the evaluation what is probed."""
     from PIL import Image
 
-    blank, describe = png(Image.new("RGB", (64, 64), GREY)), []
-    for name, samples in (("easyvqa", easyvqa_split("test")), ("digits", digit_scenes(1000, True, rng))):
-        rows = [(i, data, *qa) for i, (data, _, questions) in enumerate(samples) for qa in questions]
+    out.mkdir()
+    probed = {"describe": [], "caption": [], "maps": []}
+    for name, pictures in (("easyvqa", easyvqa_split(split)), ("digits", digit_scenes(1000, split, rng))):
+        rows = [(p.number, p.png, *qa) for p in pictures for qa in p.questions]
         rows = rng.sample(rows, len(rows))
         chosen = [
             row
@@ -223,35 +299,61 @@ def write_eval(out, sizes, rng):
             for row in [row for row in rows if row[4] == kind][: sizes[name]]
         ]
         write_parquet(out / f"{name}.parquet", name, chosen)
+        if split == "validation":
+            continue
+        blank = png(Image.new("RGB", (SIDE, SIDE), GREY))
         write_parquet(out / f"{name}_blind.parquet", name, [(i, blank, *qa) for i, _, *qa in chosen])
-        long = [
-            (i, data, DESCRIBE_QUESTIONS[0], description(note), name)
-            for i, (data, note, _) in enumerate(samples)
-            if description(note)
-        ]
-        describe += rng.sample(long, sizes["describe"])
-    write_parquet(out / "describe.parquet", "describe", describe)
+        known = [p for p in pictures if description(p.note, rng) and for_one_object(p)]
+        for p in rng.sample(known, sizes["probe"]):
+            parts, facts, text = description(p.note, rng), [], ""
+            for part, fact in parts:
+                facts += [[len(text), len(text) + len(part)]] * fact
+                text += part
+            probed["describe"].append((p.number, p.png, DESCRIBE[0], text, name, facts))
+            probed["caption"].append((p.number, p.png, CAPTION[0], caption(p.note, rng), name))
+            question, answer, kind, objects = rng.choice(for_one_object(p))
+            mask = np.any([p.masks[key] for key in objects], axis=0)
+            probed["maps"].append((p.number, p.png, question, answer, f"{name} {kind}", png(Image.fromarray(mask))))
+    for name, rows in probed.items():
+        if rows:
+            write_parquet(out / f"{name}.parquet", name, rows)
+
+
+def for_one_object(picture):
+    """[(question, answer, type, keys of its masks)] of the questions that ask for one thing in the picture."""
+    digits, out = picture.note.get("digits"), []
+    for question, answer, kind in picture.questions:
+        if digits is None and kind in ("shape", "color"):
+            out.append((question, answer, kind, ["shape"]))
+        elif kind == "position":
+            out.append(
+                (question, answer, kind, [next(i for i, cell in enumerate(CELLS) if f"the {cell}?" in question)])
+            )
+        elif kind == "largest":
+            out.append((question, answer, kind, [i for i, digit in enumerate(digits) if str(digit) == answer]))
+    return out
 
 
 def write_parquet(path, name, rows):
-    """rows: (image number, png bytes, question, answer, type). The metadata lets `datasets` decode the image column."""
+    """rows: (image number, png bytes, question, answer, type), and a describe row's facts or a map's mask. The metadata
+    lets `datasets` decode the image column."""
     import pyarrow
     import pyarrow.parquet
 
-    path.parent.mkdir(exist_ok=True)
     text = ["question_id", "question", "answer", "question_type"]
     features = {"image": {"_type": "Image"}} | {key: {"dtype": "string", "_type": "Value"} for key in text}
-    table = pyarrow.table(
-        {
-            "question_id": [f"{name}-{i:03d}" for i in range(len(rows))],
-            "image": [{"bytes": row[1], "path": f"{row[4]}-{row[0]}.png"} for row in rows],
-            "question": [row[2] for row in rows],
-            "answer": [row[3] for row in rows],
-            "question_type": [row[4] for row in rows],
-        }
-    )
-    info = {"huggingface": json.dumps({"info": {"features": {key: features[key] for key in table.column_names}}})}
-    pyarrow.parquet.write_table(table.replace_schema_metadata(info), path)
+    columns = {
+        "question_id": [f"{name}-{i:03d}" for i in range(len(rows))],
+        "image": [{"bytes": row[1], "path": f"{row[4]}-{row[0]}.png"} for row in rows],
+        "question": [row[2] for row in rows],
+        "answer": [row[3] for row in rows],
+        "question_type": [row[4] for row in rows],
+    }
+    info = {"huggingface": json.dumps({"info": {"features": {key: features[key] for key in columns}}})}
+    if name in ("describe", "maps"):
+        columns["facts" if name == "describe" else "mask"] = [row[5] for row in rows]
+        info = None
+    pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(info), path)
 
 
 def sha256(path):
@@ -293,8 +395,8 @@ def main(out, sizes):
     anew(partial)
     rng = random.Random(SEED)
     write_training(partial, sizes["scenes"], rng)
-    (partial / "eval").mkdir()
-    write_eval(partial / "eval", sizes, rng)
+    write_held_out(partial / "validation", "validation", sizes, rng)
+    write_held_out(partial / "eval", "evaluation", sizes, rng)
     expected["files"] = files(partial)
     (partial / "manifest.json").write_text(json.dumps(expected, indent=1))
     os.replace(partial, out)

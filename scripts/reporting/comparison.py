@@ -6,7 +6,7 @@ import numpy as np
 from scipy import stats
 
 from scripts.evaluation.results import Column
-from scripts.reporting import statistics, verdicts
+from scripts.reporting import instrument, statistics, verdicts
 from scripts.reporting.paper import ROWS, delta
 from scripts.reporting.runs import Run
 from scripts.reporting.statistics import Array, Interval
@@ -194,4 +194,5 @@ def probed(run: Run, name: str) -> dict[str, Any]:
             "cosine": float(np.nanmean([probe["map"] for probe in probes])),
             "sd_within_image": float(np.mean([np.nanstd(probe["map"], (1, 2)) for probe in probes])),
         },
+        "measured": instrument.measured(probes),
     }

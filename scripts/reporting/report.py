@@ -233,6 +233,8 @@ def probed(groups: Mapping[str, Any]) -> dict[str, Any]:
         "n": next(iter(next(iter(some.values()))["probes"].values()))["theorem"]["n"],
         "theorem": pictures("theorem", "KL by answer position, mean and standard error, per variant"),
         "terms": tables.terms(some),
+        "measured": tables.measured(some),
+        "sizes": tables.sizes(some),
     }
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from scripts import config
 from scripts.evaluation import results
 from scripts.evaluation.results import ODD, Column, Evaluation, Result, ResultError
+from scripts.reporting.instrument import NEEDED
 from scripts.reporting.paper import PAPER
 from vista_patch.config import VistaConfig
 
@@ -81,9 +82,13 @@ def load_usual_answers(path: Path) -> dict[str, str]:
 
 def load_probe(path: Path, again: str) -> dict[str, Any]:
     try:
-        return dict(np.load(path, allow_pickle=False))
+        arrays = dict(np.load(path, allow_pickle=False))
     except (*ODD, EOFError, BadZipFile) as error:
         raise ResultError(path, f"is broken ({error})", f"Remove it and run {again}.") from None
+    if lacks := NEEDED - arrays.keys():
+        problem = f"was measured by another version of the kit, without {', '.join(sorted(lacks))}"
+        raise ResultError(path, problem, f"Remove it and run {again}.")
+    return arrays
 
 
 def load_settings(run: Path, seeds: Collection[str], name: str) -> dict[str, VistaConfig]:
@@ -104,7 +109,11 @@ def load_settings(run: Path, seeds: Collection[str], name: str) -> dict[str, Vis
     if found:
         return found
     try:
-        return dict.fromkeys(STAGES, VistaConfig.from_arguments(config.load(name)["vista"]))
+        planned = config.load(name)
+        return {
+            stage: VistaConfig.from_arguments(config.vista(planned, suffix.removeprefix("-")))
+            for stage, suffix in STAGES.items()
+        }
     except (config.ConfigError, KeyError, ValueError):  # an experiment of another checkout
         return {}
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from scripts.reporting import instrument
 from scripts.reporting.calibration import Calibration
 from scripts.reporting.markup import Markdown, escape, table
 from scripts.reporting.paper import ROWS, Delta
@@ -201,3 +202,47 @@ def terms(groups: Groups) -> Markdown:
             rows.append([name, str(t["d"]), f"{t['ce']:.3f}", *sizes, f"{t['ce_swapped'] - t['ce']:+.3f}"])
     vista = ["VISTA, mean over d", "VISTA, sum (Eq. 10)", "VISTA, cosine"]
     return table(["Method", "d", "CE", *vista, "CE swapped \N{MINUS SIGN} CE"], rows)
+
+
+def measured(groups: Groups) -> Markdown:
+    """What the ground truth of the miniature's pictures says of each variant."""
+    rows = []
+    for group in groups.values():
+        for name, probe in group["probes"].items():
+            m = probe["measured"]
+            stage_1, facts, maps = m["stage_1"], m["facts"], m["maps"]["all"]
+            rows.append(
+                [
+                    name,
+                    f"{stage_1['ce']:.3f}, {stage_1['ce_swapped']:.3f}",
+                    with_interval(facts["right"], ".1f"),
+                    with_interval(facts["right_slope"], "+.3f"),
+                    with_interval(facts["kl_slope"], "+.2g"),
+                    with_interval(maps["auroc"], ".3f"),
+                    f"{with_interval(maps['hit'], '.2f')}; chance {maps['hit_chance']['mean']:.2f}",
+                ]
+            )
+    said = ["Stage 1: CE with the true, with a swapped picture", "Facts right, %", "Its slope, points per token"]
+    said += ["Slope of the KL, nats per token", "AUROC of the map", "Pointing game, hits"]
+    return table(["Method", *said], rows)
+
+
+def with_interval(value: Mapping[str, Any], spec: str) -> str:
+    if value["mean"] is None:
+        return NONE
+    return f"{value['mean']:{spec}}" + (f" {ci(value['ci95'], spec)}" if value["ci95"] else "")
+
+
+def sizes(groups: Groups) -> Markdown:
+    """The term beside the cross-entropy at the start and the end of each stage: l2 (cosine), both at weight 1."""
+    rows = []
+    for group in groups.values():
+        for name, probe in group["probes"].items():
+            for state, size in probe["measured"]["sizes"].items():
+                ratios = [
+                    f"{size['l2'][key] / size['ce'][key]:.3g} ({size['cosine'][key] / size['ce'][key]:.3g})"
+                    for key in ("value", *instrument.PARTS)
+                ]
+                rows.append([name, state, f"{size['ce']['value']:.3f}", *ratios])
+    parts = [f"Gradient: {part}" for part in instrument.PARTS]
+    return table(["Method", "When", "CE", "Value", *parts], rows)
