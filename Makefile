@@ -1,11 +1,19 @@
 # README's two commands, and what keeps them honest. `make` alone prints the targets.
-.PHONY: help reproduce setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
+.PHONY: help reproduce study setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
 
 help:
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## \(.*\)/make \1 \t\2/p' Makefile | expand -t 24
 
 reproduce:                ## set up everything and run the miniature (13 to 18 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
+
+study: setup              ## the study's runs, hours of them; what is there is kept (docs/study.md)
+	scripts/setup/env.sh cpu-tinyllava
+	scripts/setup/upstream.sh tinyllava
+	scripts/setup/patch.sh tinyllava
+	scripts/data.sh llava-tiny
+	scripts/data.sh tinyllava-tiny
+	.venv/bin/python -m scripts.miniature.study
 
 setup:                    ## make .venv, clone stock LLaVA, patch it
 	scripts/setup/doctor.sh tiny
