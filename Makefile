@@ -45,6 +45,7 @@ image: setup              ## the image's target cuda, with your Docker engine
 lint: setup               ## check style, types and shell
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy scripts
 	.venv/bin/shellcheck scripts/*.sh scripts/setup/*.sh scripts/training/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 

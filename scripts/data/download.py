@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -177,8 +177,8 @@ def mend(source: Source, path: Path) -> None:
         write(path / "generation_config.json", json.dumps(settings, indent=2))
         say(f"{source.name}: generation_config.json now has {source.generation_config}; {CATALOG.name} says why")
     if path.is_dir() and not source.unpack and (pickles := weights.convert(path)):
-        for file in [*pickles, *path.glob("*.bin.index.json")]:
-            file.unlink()
+        for pickled in [*pickles, *path.glob("*.bin.index.json")]:
+            pickled.unlink()
         say(f"{source.name}: {len(pickles)} pickled weight files, first {pickles[0].name}, are now safetensors")
 
 
@@ -306,7 +306,7 @@ def plan(source: Source, locked: dict) -> None:
     from huggingface_hub import HfApi
 
     pinned = source.revision or locked.get("revision", "")
-    about = {"repo_type": source.type, "revision": pinned or "main", "files_metadata": True}
+    about: dict[str, Any] = {"repo_type": source.type, "revision": pinned or "main", "files_metadata": True}
     info = attempts(source, lambda: HfApi().repo_info(source.repo, **about))
     if pinned not in ("", info.sha):
         raise DataError(f"the hub gives {info.sha} of {source.repo} for {pinned}")
@@ -375,7 +375,8 @@ def attempts(source: Source, once: Callable):
             if LOCAL & {getattr(c, "errno", None) for c in causes} or "No space left" in str(causes[-1]):
                 raise DataError(f"{causes[-1]}: mend that and run again, it continues") from None
             text = scrub(str(causes[-1]).split("\n")[0])
-            response = next((c.response for c in causes if getattr(c, "response", None) is not None), None)
+            responses = [given for c in causes if (given := getattr(c, "response", None)) is not None]
+            response = responses[0] if responses else None
             status = response.status_code if response is not None else 0
             if 400 <= status < 500 and status not in (408, 416, 429):
                 token = ": what is private or has terms to accept needs HF_TOKEN" if status in (401, 403) else ""
@@ -384,7 +385,7 @@ def attempts(source: Source, once: Callable):
             tries, had = 1 if got > had else tries + 1, got
             if tries == TRIES:
                 raise DataError(f"{text}: given up after {TRIES} tries; run again to continue") from None
-            after = response.headers.get("Retry-After", "") if status else ""
+            after = response.headers.get("Retry-After", "") if response is not None else ""
             wait = max(2 ** (tries - 1), int(after) if after.isdigit() else 0)
             say(f"{source.name}: {text}: goes on in {wait} s, with {gigabytes(got)} there")
             time.sleep(wait)

@@ -40,8 +40,9 @@ from scripts.common import die_with_parent, write_whole
 
 START = time.monotonic()
 STOPPED = 143
-rows, tokens = [], 0  # of the micro-steps since the last log, on this rank
-labels = []  # and for each of them: its rows, and whether any of its tokens had a label
+rows: list[int] = []  # of the micro-steps since the last log, on this rank
+tokens = 0  # and theirs
+labels: list[tuple[list[int], bool]] = []  # and for each of them: its rows, and whether any of its tokens had a label
 
 
 def check(checkpoint: Path, ranks: int) -> None:
@@ -208,14 +209,15 @@ if not torch.cuda.is_available():
         deepspeed.init_distributed("gloo", verbose=False)
     torch.cuda.synchronize = lambda device=None: None
 if hasattr(torch.serialization, "add_safe_globals"):
-    numpy_state = [np.core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype("uint32"))]
+    rebuild = np.core.multiarray._reconstruct  # type: ignore[attr-defined]
+    numpy_state = [rebuild, np.ndarray, np.dtype, type(np.dtype("uint32"))]
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address, *numpy_state])
 
 transformers.trainer.DEFAULT_CALLBACKS.append(Driver)
 stock_train, stock_compute_loss = transformers.Trainer.train, transformers.Trainer.compute_loss
 transformers.Trainer.train, transformers.Trainer.compute_loss = train, compute_loss
 stock_cross_entropy = torch.nn.functional.cross_entropy
-torch.nn.functional.cross_entropy = cross_entropy
+torch.nn.functional.cross_entropy = cross_entropy  # type: ignore[assignment]
 if own.train_module.startswith("llava."):
     # Its final save does not go through this. `_save` stays: deepspeed's part of the checkpoint holds the weights.
     del importlib.import_module("llava.train.llava_trainer").LLaVATrainer._save_checkpoint
