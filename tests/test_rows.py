@@ -184,7 +184,8 @@ def test_names_and_lists_do_not_hang_on_the_locale(tmp_path):
     command = [ROOT / ".venv/bin/python", "-m", "scripts.data.download", "llava-tiny"]
     for model in {config.load("llava-tiny")["train"][key] for key in ("model_name_or_path", "vision_tower")}:
         (tmp_path / model).mkdir(parents=True)
-    script = (ROOT / "scripts/data.sh").read_text()
+    assert '. "$(dirname "$0")/setup/kit.sh"' in (ROOT / "scripts/data.sh").read_text()
+    script = (ROOT / "scripts/setup/kit.sh").read_text()
     assert "export PYTHONUTF8=1" in script  # which the line below stands for: data.sh would make the miniature anew
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
