@@ -27,6 +27,10 @@ LLAMA, ARCH, TRAIN = (
     "llava/model/llava_arch.py",
     "llava/train/train.py",
 )
+CLASSES = {
+    "llava": ["LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"],
+    "tinyllava": ["TinyLlavaForConditionalGeneration"],
+}
 INSTALL = [REPO / ".uv/bin/uv", "pip", "install", "--quiet", "--python", sys.executable]
 
 
@@ -116,7 +120,7 @@ def test_life_of_a_checkout(clone, tmp_path, capsys):
     code, told = run("apply")
     assert code == 0 and "already patched" in told and files(root) == patched
     told = json.loads(run("check", "--json")[1])
-    assert {c["generation"] for c in told["classes"]} == {"C"}
+    assert [c["class"] for c in told["classes"]] == CLASSES[clone.name]
     assert clone.name != "llava" or "LlavaMptForCausalLM.forward is stale" in told["skipped"][0]
     assert run("revert")[0] == 0 and files(root) == stock
 
@@ -180,6 +184,21 @@ def test_an_edit_saved_after_the_plan_is_kept(stock, name):
         change(found, "patched")
     assert files(stock) == before
     assert main(["apply", str(stock)]) == 0 and (stock / name).read_bytes().endswith(b"# mine\n")
+
+
+@pytest.mark.parametrize("command, verdict", [("apply", 0), ("revert", 1)])
+def test_commands_at_the_same_time_agree(stock, command, verdict):
+    """Each plans before any other writes."""
+    if command == "revert":
+        assert main(["apply", str(stock)]) == 0
+    wanted = {"apply": "patched", "revert": "stock"}[command]
+    plans = [plan(stock) for _ in range(3)]
+    for found in plans:
+        change(found, wanted)
+    assert main(["check", str(stock)]) == verdict
+    (stock / TRAIN).write_bytes(plans[0].files[TRAIN].current)
+    change(plans[0], wanted)  # one file of two is done already
+    assert main(["check", str(stock)]) == verdict
 
 
 def run(*args, code="import sys; from vista_patch.__main__ import main; sys.exit(main())", **kwargs):
@@ -250,8 +269,10 @@ def test_a_file_name_that_stdout_cannot_encode(stock, tmp_path_factory):
 
 
 def test_what_is_no_source_file_is_not_read(stock):
-    """A pipe, a device, a file without end, a link to nothing or to itself: each is named, the rest is patched."""
+    """A pipe, a device, a file without end, a link to nothing or to itself, a name of two lines: each is named, and the
+    rest is patched."""
     odd = [stock / f"llava/odd{i}.py" for i in range(5)]
+    shutil.copyfile(stock / LLAMA, stock / "llava/odd\npatched: evil\x1b[2J.py")
     os.mkfifo(odd[0])
     odd[1].symlink_to("/dev/zero")
     with odd[2].open("wb") as stream:
@@ -262,6 +283,8 @@ def test_what_is_no_source_file_is_not_read(stock):
     assert done.returncode == 0 and done.stderr == b""
     for path in odd:
         assert f"skipped llava/{path.name}: is not a regular file of at most 2 MiB" in done.stdout.decode()
+    assert "skipped llava/odd\\npatched: evil\\x1b[2J.py: is not a regular file" in done.stdout.decode()
+    assert b"evil\x1b" not in done.stdout and b"\npatched: evil" not in done.stdout
     assert main(["check", str(stock)]) == 0
 
 
@@ -286,6 +309,20 @@ def test_deep_expressions_end_in_one_clear_line(stock, deep, capsys):
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and f"{LLAMA}:1: an expression here is nested too deeply" in told
     assert files(stock) == before
+
+
+def test_no_depth_of_an_expression_ends_in_a_traceback(tmp_path):
+    """Parsers and visitors give up at different depths: every one of them is tried."""
+    for depth in range(100, 1000, 20):
+        (tmp_path / str(depth)).mkdir()
+        text = f"import torch\nclass C:\n    def forward(self, labels):\n        x{'.x' * depth}.{SPLICE}()\n"
+        (tmp_path / str(depth) / "model.py").write_text(text)
+    code = f"""if True:
+        import sys
+        from vista_patch.__main__ import main
+        print({{main(["check", f"{tmp_path}/{{depth}}"]) for depth in range(100, 1000, 20)}} <= {{1, 2}})"""
+    done = run(code=code, stdout=subprocess.PIPE)
+    assert done.returncode == 0 and done.stdout.endswith(b"True\n"), done.stderr.decode()[-2000:]
 
 
 def test_edited_lines_are_not_ours_to_remove(stock, capsys):
@@ -536,9 +573,9 @@ RIGHT = {
     "a second package": lambda root: shutil.copytree(root / "llava", root / "src/nested/llava_two"),
 }
 
-REFUSED = {
-    "eight returned, six unpacked": swap(ARCH, *[(r, r + ", 1, 2") for r in RETURNS]),
-    "one of two returns differs": swap(ARCH, (RETURNS[1], RETURNS[1] + ", 1")),
+# `apply` asks neither what the splice takes and returns nor where its embeddings go: the first training step sees what
+# reaches the decoder, and adds the term or refuses (tests/test_live.py, tests/test_forks.py).
+LEFT_TO_THE_STEP = {
     "images enter the decoder by a slot of the splice": swap(
         LLAMA,
         (UNPACK, UNPACK.replace("position_ids", "multiway_indices")),
@@ -574,14 +611,20 @@ REFUSED = {
         LLAMA,
         ("        return super().forward(", f"        self.{SPLICE}()\n        return super().forward("),
     ),
-    "splice of another object": swap(LLAMA, (f"self.{SPLICE}", f"self.model.{SPLICE}")),
-    "no labels": swap(LLAMA, ("        labels: Optional[torch.LongTensor] = None,\n", "")),
-    "only stale classes": swap(LLAMA, (CALL, "(input_ids, attention_mask, past_key_values, labels, images)")),
+    "splice called otherwise": swap(LLAMA, (CALL, "(input_ids, attention_mask, past_key_values, labels, images)")),
     "splice defined out of sight": swap(LLAMA, ("LlavaMetaForCausalLM):", "Hidden):")),
     "splice defined twice, as near": both(
         lambda root: shutil.copyfile(root / ARCH, root / "llava/model/llava_arch_old.py"),
         swap(LLAMA, ("from ..llava_arch import LlavaMetaModel, LlavaMetaForCausalLM", "from .. import *")),
     ),
+}
+
+REFUSED = {
+    "eight returned, six unpacked": swap(ARCH, *[(r, r + ", 1, 2") for r in RETURNS]),
+    "one of two returns differs": swap(ARCH, (RETURNS[1], RETURNS[1] + ", 1")),
+    "splice of another object": swap(LLAMA, (f"self.{SPLICE}", f"self.model.{SPLICE}")),
+    "no labels": swap(LLAMA, ("        labels: Optional[torch.LongTensor] = None,\n", "")),
+    "only stale classes": swap(LLAMA, (UNPACK, "input_ids, attention_mask, past_key_values, inputs_embeds, labels")),
     "no class calls a splice": swap(LLAMA, (SPLICE, "splice")),
     "model file broken": swap(LLAMA, ("    def forward(", "    def forward((")),
     "hand-made use of vista_patch": swap(TRAIN, ("import torch\n", "import torch\nimport vista_patch\n")),
@@ -666,7 +709,7 @@ def assert_applies_and_reverts(root):
     assert files(root) == before
 
 
-@pytest.mark.parametrize("mutate", RIGHT.values(), ids=RIGHT)
+@pytest.mark.parametrize("mutate", (RIGHT | LEFT_TO_THE_STEP).values(), ids=RIGHT | LEFT_TO_THE_STEP)
 def test_right_on(stock, mutate):
     mutate(stock)
     assert_applies_and_reverts(stock)
@@ -697,8 +740,10 @@ def test_random_mutations_together_are_right_or_refused(stock, tmp_path_factory)
     for seed in range(60):
         root = shutil.copytree(stock, tmp_path_factory.mktemp("fuzz") / "LLaVA")
         print(seed, draw(root, random.Random(seed), refused=False))
-        before = files(root)
-        if main(["apply", "--dry-run", str(root)]) == 0:
+        before, found = files(root), plan(root)
+        if any(note.startswith(f"{LLAMA}:1: this Python cannot read it") for note in found.skipped):
+            assert all("llava_two/" in f.name for f in found.touched)  # the coding killed the first package
+        elif main(["apply", "--dry-run", str(root)]) == 0:
             assert_applies_and_reverts(root)
             accepted += 1
         else:
@@ -736,9 +781,63 @@ def test_a_tree_without_its_parser_gets_the_models_lines_and_is_told_what_to_set
     before = files(stock)
     assert main(["apply", str(stock)]) == 0
     told = capsys.readouterr().out
-    assert "model.config.vista" in told and re.search(rf"{TRAIN}:\d+: trains with flags of its own", told)
+    assert "model.config.vista" in told and re.search(rf"{TRAIN}:\d+: trains without HfArgumentParser", told)
     assert [name for name, data in files(stock).items() if data != before[name]] == [LLAMA]
     assert [main([command, str(stock)]) for command in ("check", "revert")] == [0, 0] and files(stock) == before
+
+
+DEAD = {
+    "returns more": (swap(ARCH, *[(r, r + ", 1, 2") for r in RETURNS]), "unpacks 6 values, but .* returns 8"),
+    "no labels": (swap(LLAMA, ("        labels: Optional[torch.LongTensor] = None,\n", "")), "no parameter `labels`"),
+    "broken": (swap(LLAMA, ("    def forward(", "    def forward((")), "this Python cannot read it"),
+}
+
+
+@pytest.mark.parametrize("kill, reason", DEAD.values(), ids=DEAD)
+def test_a_dead_class_or_package_is_named_and_does_not_refuse_the_rest(stock, kill, reason, capsys):
+    shutil.move(stock / "llava", stock / "dead/llava")
+    (stock / "live").mkdir()
+    shutil.copytree(stock / "dead/llava", stock / "live/llava")
+    (stock / "dead" / TRAIN).unlink()
+    kill(stock / "dead")
+    before = files(stock)
+    assert main(["apply", str(stock)]) == 0
+    assert re.search(rf"skipped dead/{LLAMA}:\d+: .*{reason}", capsys.readouterr().out)
+    changed = {name for name, data in files(stock).items() if data != before[name]}
+    assert changed == {f"live/{LLAMA}", f"live/{TRAIN}"}
+    assert [main([command, str(stock)]) for command in ("check", "revert")] == [0, 0] and files(stock) == before
+
+
+def test_a_refusal_names_the_subfolder_that_can_be_patched(stock, capsys):
+    """One package's files use vista_patch by hand; the other's are stock."""
+    shutil.copytree(stock / "llava", stock / "mine/llava")
+    shutil.move(stock / "llava", stock / "theirs/llava")
+    swap("mine/" + TRAIN, ("import torch\n", "import torch\nimport vista_patch\n"))(stock)
+    assert main(["apply", str(stock)]) == 2
+    told = capsys.readouterr().err
+    assert f"mine/{TRAIN}:" in told and f"the subfolder {stock / 'theirs'} can be patched alone" in told
+    assert main(["apply", str(stock / "theirs")]) == 0
+
+
+OTHERS = {
+    "of its own": "class Other(Base):\n    def forward(self, ids, labels, images):\n        return self.run(images)\n",
+    "with keywords alone": "class Other(Base):\n    def forward(self, **batch):\n        return self.run(**batch)\n",
+    "over the patched one": "class Other(LlavaLlamaForCausalLM):\n    def forward(self, ids, labels):\n        ...\n",
+    "on the patched one": "class Other(LlavaLlamaForCausalLM):\n    def forward(self, **batch):\n"
+    "        return super().forward(**batch)\n",
+    "inherited": "class Other(LlavaLlamaForCausalLM):\n    pass\n",
+    "no model": "class Other(Base):\n    def forward(self, pixels):\n        return pixels\n",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_class_that_a_script_trains_past_our_lines_is_named(stock, kind, capsys):
+    imports = "from .llava_llama import LlavaLlamaForCausalLM\n\n\n"
+    (stock / LLAMA).with_name("other.py").write_text(imports + OTHERS[kind])
+    swap(TRAIN, (TRAINER, "    model = Other.from_pretrained(model_args.model_name_or_path)\n" + TRAINER))(stock)
+    assert main(["apply", str(stock)]) == 0
+    note = r"skipped llava/train/train\.py:\d+: makes Other, whose forward \(.*other\.py:5\) VISTA does not reach"
+    assert bool(re.search(note, capsys.readouterr().out)) == (kind in list(OTHERS)[:3])
 
 
 def test_scripts_of_other_models_are_left_alone(stock):

@@ -1,4 +1,4 @@
-"""Puts VISTA's lines into LLaVA's source, by syntax: whole lines are added, nothing is removed or moved.
+"""Puts VISTA's lines into the source of LLaVA or a fork: whole lines are added, nothing is removed or moved.
 
     import vista_patch                            after the imports at the top of each file with one of these
     @vista_patch.vista_forward                    directly above `def forward`, where that calls the splice
@@ -6,9 +6,10 @@
     vista_patch.vista_setup(trainer, model_args)  directly after the trainer is made, with the script's names
 
 "The splice" is `prepare_inputs_labels_for_multimodal`, or a name that begins so: the method that puts image
-features between the text embeddings (upstream: llava/model/llava_arch.py). What it takes and returns is read
-by name, never by position or by the length of a tuple, since forks differ in both. Where its embeddings go
-from there is followed too: the term needs them to reach the decoder whole, and the images by no other way.
+features between the text embeddings (upstream: llava/model/llava_arch.py). Its name finds the class to decorate,
+and that is all: what the splice takes and returns, and what the decoder does with it, is seen at the first
+training step, where `vista_forward` adds the term or refuses. What no step can tell is refused or noted here: no
+class to decorate, no trainer to set up, a trainer that drops the model's loss, a script that trains another class.
 
 `plan` alone decides. It looks at the tree without our lines, so a file is stock if it equals what `plan`
 started from, patched if it equals what `plan` made of it, and anything else was edited by hand.
@@ -19,28 +20,15 @@ from __future__ import annotations
 import ast
 import contextlib
 import difflib
-import inspect
 import os
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 SPLICE = "prepare_inputs_labels_for_multimodal"
-# What forward unpacks from the splice and hands to the decoder, and the word that marks the same slot in the
-# splice's own return statements (upstream returns `new_input_embeds` into `inputs_embeds`). What else a fork
-# unpacks must not reach its decoder.
-SLOTS = {
-    "input_ids": "input",
-    "position_ids": "position",
-    "attention_mask": "mask",
-    "past_key_values": "past",
-    "inputs_embeds": "embed",
-    "labels": "label",
-    "cache_position": "cache",
-}
 LARGEST = 2 << 20  # bytes of a source file; no model file that we know has 0.3 MiB
-NEEDED = {"attention_mask", "inputs_embeds", "labels"}
 
 IMPORT = "import vista_patch"
 FORWARD = "@vista_patch.vista_forward"
@@ -67,11 +55,7 @@ both can be reached once the trainer is made.
 
 
 class Refused(Exception):
-    """The tree is not understood, or the term could not be right on it; the message says where and why."""
-
-
-class Stale(Exception):
-    """A class whose call of the splice fails before it computes anything: dead code beside others."""
+    """The tree cannot be patched; the message says where and why."""
 
 
 class File:
@@ -184,8 +168,8 @@ class Plan:
 def plan(root: Path) -> Plan:
     """Reads the tree at `root` and plans our lines for it; writes nothing.
 
-    What cannot be patched stands in the plan's `refusal`, beside what was found until then. Raises Refused
-    where `root` is no folder, OSError where it cannot be read.
+    If the tree cannot be patched, the plan's `refusal` says why, and the plan has what was found until then. Raises
+    Refused if `root` is no folder, OSError if it cannot be read.
     """
     if not root.is_dir():
         raise Refused(f"{root}: is no folder; give a checkout of LLaVA or a fork, or an installed `llava`")
@@ -200,14 +184,17 @@ def plan(root: Path) -> Plan:
         folders[:] = sorted(d for d in folders if d[0] != "." and d not in copies)
         for path in sorted(Path(folder, entry) for entry in entries if entry.endswith(".py")):
             name = path.relative_to(root).as_posix()
-            data = read(path)
+            data = None if re.search("[\x00-\x1f\x7f]", name) else read(path)  # a name must not forge our report
             if data is None:
-                result.skipped.append(f"{name}: is not a regular file of at most {LARGEST >> 20} MiB")
+                shown = name.encode("unicode_escape").decode()
+                result.skipped.append(
+                    f"{shown}: is not a regular file of at most {LARGEST >> 20} MiB with a plain name"
+                )
             else:
                 sources[name] = path.resolve(), data
 
     def load(*words: str, trains: bool = False) -> list[File]:
-        """All files of interest so far, with those that one of `words` occurs in (of those that train our classes)."""
+        """All files read so far, with those that hold one of `words` (and import a patched model, if `trains`)."""
         for name in [n for n, (_, data) in sources.items() if any(word.encode() in data for word in words)]:
             if trains and not imports_model(name, sources[name][1], result):
                 continue
@@ -215,31 +202,37 @@ def plan(root: Path) -> Plan:
             try:
                 result.files[name] = File(path, name, data)
             except Refused as reason:
-                # One that Python cannot read cannot run: dead code, unless it is a model file or has our lines.
-                if re.search(rb"\bvista_patch\b|self\.%s" % SPLICE.encode(), data):
+                if b"vista_patch" in data:  # our lines may be in it
                     raise
-                result.skipped.append(str(reason))
+                result.skipped.append(str(reason))  # what Python cannot read cannot run
         return list(result.files.values())
 
     try:
-        plan_classes(result, load(SPLICE, "vista_patch.vista_"), load)
-        plan_scripts(result, load("HfArgumentParser", trains=True), load)
+        forwards = plan_classes(result, load(SPLICE, "vista_patch.vista_"))
+        plan_scripts(result, load("HfArgumentParser", trains=True), forwards, load)
         for name, (_, data) in sources.items():
             if b"ArgumentParser(" not in data or not imports_model(name, data, result):
                 continue
             if own := re.search(rb"(deepspeed\.initialize|\.backward|Trainer)\(", data):
                 line = data.count(b"\n", 0, own.start()) + 1
-                result.skipped.append(f"{name}:{line}: trains with flags of its own, so without --vista; {BY_HAND}")
+                result.skipped.append(f"{name}:{line}: trains without HfArgumentParser, so without --vista; {BY_HAND}")
         for f in result.touched:
             plan_import(f)
     except Refused as refusal:
         result.refusal = str(refusal)
+        # Another package in the tree may be the reason: look whether one alone can be patched.
+        above = {folder for c in result.classes for folder in list(Path(c["forward"]).parents)[:-1]}
+        for folder in sorted(above, key=lambda folder: len(folder.parts)):
+            alone = plan(root / folder)
+            if alone.refusal is None and alone.scripts:
+                result.refusal += f"; the subfolder {root / folder} can be patched alone"
+                break
     return result
 
 
 def read(path: Path) -> bytes | None:
-    """The bytes of a source file; None where it is too large, or a link to nothing, or no regular file: to read a
-    pipe may wait for ever, a device may never end."""
+    """The bytes of a source file. None if it is too large, a link to nothing, or no regular file: a pipe may wait
+    for ever, and a device may never end."""
     if not path.is_file():
         return None
     with path.open("rb") as stream:
@@ -247,189 +240,111 @@ def read(path: Path) -> bytes | None:
     return data if len(data) <= LARGEST else None
 
 
-def plan_classes(result: Plan, files: list[File], load) -> None:
-    """A line for each class whose forward calls the splice; each must be right, or be dead code."""
-    refused, elsewhere = [], []
+def plan_classes(result: Plan, files: list[File]) -> set[ast.FunctionDef]:
+    """A line for each class whose forward calls the splice. A forward that can only fail is dead code: it is noted.
+
+    Returns all these forwards. Raises Refused if none can run.
+    """
+    forwards, elsewhere = set(), []
     for f in files:
         owners = {method: cls for cls, method in f.methods}
         for method, call in f.calls:
             if not last_name(call).startswith(SPLICE):
                 continue
-            if method not in owners or method.name != "forward":
+            own = method in owners and last_name(getattr(call.func, "value", call)) == "self"
+            if not own or method.name != "forward":
                 name = f"{owners[method].name}.{method.name}" if method in owners else "a function"
-                elsewhere.append(f"{f.at(call)}: {name}, no model's forward, calls {ast.unparse(call.func)}")
-                continue
-            try:
-                result.classes.append(read_class(f, owners[method], method, call, files, load))
+                elsewhere.append(
+                    f"{f.at(call)}: {name} calls {last_name(call)}, but is no `forward` that calls it on self"
+                )
+            elif defect := find_defect(f, owners[method], method, call, files):
+                result.skipped.append(f"{f.at(call)}: {owners[method].name}.forward {defect}")
+                forwards.add(method)
+            else:
+                result.classes.append({"class": owners[method].name, "forward": f.at(method)})
                 f.insert(FORWARD, method.lineno)
-            except Stale as reason:
-                result.skipped.append(str(reason))
-            except Refused as reason:
-                refused.append(str(reason))
-    if refused:
-        raise Refused("; ".join(dict.fromkeys(refused)))
+                forwards.add(method)
     if not result.classes:
-        for f in load("inputs_embeds, labels", "inputs_embeds, attention_mask, labels"):
-            forwards = {method: cls.name for cls, method in f.methods if method.name == "forward"}
-            for method, assign in f.assigns:
-                if method in forwards and {"inputs_embeds", "labels"} <= set(names(assign.targets[0])):
-                    made = ast.unparse(getattr(assign.value, "func", assign.value))
-                    elsewhere.append(f"{f.at(assign)}: {forwards[method]}.forward makes its embeddings by {made}")
-        nothing = f"{result.root}: no class here has a forward that calls self.{SPLICE} and can run"
-        raise Refused("; ".join([nothing, *elsewhere[:5], *result.skipped]))
+        none = f"{result.root}: no class here has a forward that calls self.{SPLICE} and can run"
+        raise Refused("; ".join([none, *(result.skipped or elsewhere), "vista_patch.patch(model) needs no such class"]))
+    return forwards
 
 
-def read_class(f: File, cls: ast.ClassDef, forward: ast.FunctionDef, call: ast.Call, files: list[File], load) -> dict:
-    """What `check` tells of a class. Raises Refused if the term could not be right, Stale for dead code."""
-    name, what = last_name(call), f"{f.at(call)}: {cls.name}.forward"
-    calls = [c for method, c in f.calls if method is forward and last_name(c).startswith(SPLICE)]
-    if len(calls) > 1:
-        raise Refused(f"{what} calls the splice {len(calls)} times, and VISTA follows one call a step")
-    if ast.unparse(call.func) != f"self.{name}":
-        raise Refused(f"{what} does not call {name} on self")
-    if "labels" not in signature(forward).parameters:
-        raise Refused(f"{what} has no parameter `labels`")
-
-    targets = next((names(a.targets[0]) for _, a in f.assigns if a.value is call), [])
-    if NEEDED - set(targets):
-        got = ", ".join(targets) or "no tuple of plain names"
-        raise Refused(f"{what} unpacks {got} from {name}, and not {', '.join(sorted(NEEDED))}")
-    twice = [t for i, t in enumerate(targets) if t != "_" and t in targets[:i]]
-    if twice:
-        raise Refused(f"{what} unpacks {', '.join(twice)} twice from {name}")
-
-    found = find_method(f, cls, name, files)
-    if found is None:
-        raise Refused(f"{f.at(cls)}: {name} is not defined by this class or by a base of it in this tree")
-    g, splice = found
-    taken = signature(splice)
-    keywords = {k.arg: k.value for k in call.keywords if k.arg}
-    try:
-        given = taken.bind("self", *call.args, **keywords).arguments
-    except TypeError as error:
-        raise Stale(f"{what} is stale: {name} at {g.at(splice)} cannot be called so ({error})") from None
-    returns = [r for method, r in g.returns if method is splice]
-    if not returns or not {"input_ids", "attention_mask", "labels"} <= set(taken.parameters):
-        raise Refused(f"{g.at(splice)}: {name} takes no input_ids, attention_mask, labels, or returns nothing")
-    for statement in returns:
-        parts = statement.value.elts if isinstance(statement.value, ast.Tuple) else []
-        if len(parts) != len(targets):
-            got = f"{len(parts)} ({g.at(statement)})" if parts else f"no tuple ({g.at(statement)})"
-            raise Refused(f"{what} unpacks {len(targets)} values, but {name} returns {got}")
-        for target, part in zip(targets, parts, strict=True):
-            value = ast.unparse(part)
-            if SLOTS.get(target, "") not in value and value != "None":
-                raise Refused(f"{what} unpacks {target} where {name} returns {value} ({g.at(statement)})")
-
-    images = set().union(*(mentioned(value) for slot, value in given.items() if slot not in SLOTS))
-    images = (images | set(targets)) - set(SLOTS) - {"_", "self"}
-    decoder = find_decoder(f, cls, [(f, forward, "inputs_embeds")], images, files, load)
-    if not decoder:
-        raise Refused(f"{what} hands inputs_embeds to no self.<decoder>(...) or super().forward(...) by its name")
-    newest = "D" if "modalities" in taken.parameters else "C" if "image_sizes" in taken.parameters else "B"
-    return {
-        "class": cls.name,
-        "forward": f.at(forward),
-        "generation": newest if "position_ids" in taken.parameters else "A",
-        "splice": f"{name}({', '.join(list(taken.parameters)[1:])})",
-        "splice_at": g.at(splice),
-        "unpacks": targets,
-        "decoder": decoder,
-    }
+def find_defect(f: File, cls: ast.ClassDef, forward: ast.FunctionDef, call: ast.Call, files: list[File]) -> str:
+    """Why this forward fails as soon as it runs, or can train on no labels; empty if it may be right."""
+    if "labels" not in parameters(forward):
+        return "has no parameter `labels`, so it is no training step"
+    targets = next((a.targets[0] for _, a in f.assigns if a.value is call), None)
+    for g, splice in find_methods(f, cls, last_name(call), files)[:1]:
+        last = [r for method, r in g.returns if method is splice][-1:]  # where it has spliced; others have no images
+        counts = [len(t.elts) for t in (targets, *(r.value for r in last)) if isinstance(t, ast.Tuple)]
+        if len(set(counts)) == 2:
+            return f"is stale: it unpacks {counts[0]} values, but the splice returns {counts[1]} ({g.at(last[0])})"
+    return ""
 
 
-def find_decoder(f: File, cls: ast.ClassDef, way: list, images: set[str], files: list[File], load) -> list[str]:
-    """What a forward hands the embeddings to in the end, as its source calls that.
-
-    `way`: the file, the function and the name of the embeddings in it, of `cls.forward` and of each method that
-    they were handed on to. Raises Refused where they do not arrive as spliced, where what gets them is not a
-    module's own forward (it may drop tokens), or where one of the names `images` goes along.
-    """
-    g, method, embeds = way[-1]
-    decoders, what = [], f"{cls.name}.forward"
-    for owner, assign in g.assigns:
-        again = owner is method and embeds in names(assign.targets[0]) and embeds in mentioned(assign.value)
-        if again and not ast.unparse(assign.value).startswith(f"{embeds}."):  # which is a cast
-            by = ast.unparse(getattr(assign.value, "func", assign.value))
-            raise Refused(f"{g.at(assign)}: {what} packs rows, or drops tokens, by {by}")
-    for owner, call in g.calls:
-        func, name = ast.unparse(call.func), last_name(call)
-        if owner is not method or not func.startswith(("self.", "super(")):
-            continue
-        given, inner = {k.arg: k.value for k in call.keywords if k.arg}, None
-        if func == f"self.{name}":
-            inner = find_method(f, cls, name, files)
-        elif func.startswith("super("):
-            inner = find_method(g, next(c for c, m in g.methods if m is method), name, files, above=True)
-        if inner:
-            # Where it is not called so, or by *args, what is given by name is known all the same.
-            with contextlib.suppress(TypeError):
-                given = signature(inner[1]).bind("self", *call.args, **given).arguments
-        into = next((slot for slot, v in given.items() if isinstance(v, ast.Name) and v.id == embeds), None)
-        if into is None:
-            continue
-        along = {slot: mentioned(value) & images for slot, value in given.items()}
-        if inner:
-            here = {slot for slot, found in along.items() if found}
-            further = find_decoder(f, cls, [*way, (*inner, into)], here, files, load)
-            decoders += [f"{func} > {d}" for d in further]
-            if further or func.startswith("self."):
-                continue
-        along = sorted(set().union(*along.values()))
-        if along:
-            raise Refused(
-                f"{g.at(call)}: {what} hands {', '.join(along)} to {func}: images enter inside the decoder too"
-            )
-        others = load(f"def {name}(") if func.count(".") > 1 and name != "forward" else []
-        if any(name == m.name for h in others for _, m in h.methods):
-            raise Refused(f"{g.at(call)}: {what} calls {func}, no module's own forward: it may drop tokens")
-        decoders.append(func)
-    return list(dict.fromkeys(decoders))
-
-
-def plan_scripts(result: Plan, files: list[File], load) -> None:
-    """Lines for each train script that is understood; the others are noted, but not all may be others."""
+def plan_scripts(result: Plan, files: list[File], forwards: set[ast.FunctionDef], load: Callable) -> None:
+    """Lines for each train script that is understood. The others are noted; it is refused if all are others."""
     problems = []
     for f in files:
         if any(last_name(call) == "HfArgumentParser" for _, call in f.calls):
             try:
                 result.scripts.append(plan_script(f, load))
+                result.skipped += find_unreached(f, forwards, load)
             except Refused as reason:
                 problems.append(str(reason))
     if problems and not result.scripts:
         raise Refused("; ".join(problems))
     if not result.scripts:
-        problems = [
-            f"{result.root}: no script here parses its flags by HfArgumentParser, so none gets --vista; {BY_HAND}"
-        ]
+        problems = [f"{result.root}: no train script here uses HfArgumentParser, so none gets --vista; {BY_HAND}"]
     result.skipped += problems
 
 
-def plan_script(f: File, load) -> dict:
+def find_unreached(f: File, forwards: set[ast.FunctionDef], load: Callable) -> list[str]:
+    """Notes on the models of this tree that a script makes and that train past the lines of ours."""
+    notes = {}
+    for _, call in f.calls:
+        made = getattr(call.func, "value", call) if last_name(call) == "from_pretrained" else call.func
+        name = last_name(made)
+        if not name[:1].isupper() or name in notes or last_name(getattr(made, "value", made)) == "transformers":
+            continue
+        files = load(f"class {name}(")
+        with contextlib.suppress(Refused):  # there is no class of this name in the tree, or two
+            found = find_methods(*find_class(name, f, files), "forward", files)
+            if not found:
+                continue
+            g, forward = found[0]
+            through = any(s is forward and last_name(c) == "super" for s, c in g.calls)
+            reached = forward in forwards or (through and any(method in forwards for _, method in found))
+            if not reached and (forward.args.kwarg or "labels" in parameters(forward)):
+                notes[name] = f"{f.at(call)}: makes {name}, whose forward ({g.at(forward)}) VISTA does not reach"
+    return list(notes.values())
+
+
+def plan_script(f: File, load: Callable) -> dict:
+    """Plans the lines of one train script. Raises Refused if it is not understood, or its trainer drops the loss."""
     function, parser = next((s, c) for s, c in f.calls if last_name(c) == "HfArgumentParser")
     made = [a for s, a in f.assigns if s is function and isinstance(a.value, ast.Call)]
     parsed = [a for a in made if last_name(a.value) == "parse_args_into_dataclasses"]
     results = names(parsed[0].targets[0]) if len(parsed) == 1 else []
     kinds = names(parser.args[0]) if parser.args else []
     if not kinds or len(results) < len(kinds):
-        raise Refused(f"{f.at(parser)}: the parser does not get dataclasses by name, parsed into as many names")
+        raise Refused(f"{f.at(parser)}: the parser gets no tuple of dataclasses, or its results get no names")
     calls = [c for s, c in f.calls if s is function and last_name(c).endswith("Trainer")]
     for call in calls:
         if re.search("PO[A-Z]|KTO|Reward", last_name(call)):
-            raise Refused(
-                f"{f.at(call)}: {last_name(call)} makes a loss of its own from logits, which VISTA is no part of"
-            )
+            raise Refused(f"{f.at(call)}: {last_name(call)} makes its own loss from the logits and drops the model's")
     trainers = [a for a in made if last_name(a.value).endswith("Trainer")]
     alone = [names(a.targets[0]) for a in trainers if f.alone(a)]
     if not calls or len(alone) != len(calls) or any(len(name) != 1 for name in alone):
-        raise Refused(f"{f.at(parser)}: no trainer is made in this function, or not by a statement `name = ...`")
+        raise Refused(f"{f.at(parser)}: this function makes no trainer by a statement `name = SomeTrainer(...)`")
 
     # The first that is no TrainingArguments is the model's. Leftover strings may take a last name.
     pairs = zip(results, kinds, strict=False)
     found = [(name, *find_class(kind, f, [f] if kind in f.classes else load(f"class {kind}"))) for name, kind in pairs]
     found = [m for m in found if "TrainingArguments" not in [last_name(base) for base in m[2].bases]]
     if not found:
-        raise Refused(f"{f.at(parser)}: the parser is given nothing but TrainingArguments")
+        raise Refused(f"{f.at(parser)}: the parser gets nothing but TrainingArguments")
     arguments, g, cls = found[0]
     decorators = [d for d in cls.decorator_list if last_name(d) == "dataclass"]
     if not decorators:
@@ -478,35 +393,26 @@ def imports_model(name: str, data: bytes, result: Plan) -> bool:
     return False
 
 
-def find_method(
-    f: File, cls: ast.ClassDef, name: str, files: list[File], above: bool = False
-) -> tuple[File, ast.FunctionDef] | None:
-    """The method `name` that `cls` has (unless `above` it is asked for) or inherits from classes of this tree."""
-    todo, seen = [(f, cls)], []
-    while todo:
-        f, cls = todo.pop(0)
-        for owner, method in f.methods:
-            if owner is cls and method.name == name and (seen or not above):
-                return f, method
-        seen.append(cls)
-        imports = [s for s in f.tree.body if isinstance(s, ast.ImportFrom) and s.module]
-        theirs = {a.name for s in imports if s.module.split(".")[0] == "transformers" for a in s.names}
-        for base in (last_name(b) for b in cls.bases):
-            if base not in theirs and any(base in g.classes for g in files):
-                found = find_class(base, f, files)
-                todo += [found] if found[1] not in seen else []
-    return None
+def find_methods(f: File, cls: ast.ClassDef, name: str, files: list[File]) -> list[tuple[File, ast.FunctionDef]]:
+    """The methods `name` of the class and of its bases in this tree, nearest first."""
+    line = [(f, cls)]
+    for f, cls in line:  # which grows meanwhile
+        for base in map(last_name, cls.bases):
+            with contextlib.suppress(Refused):  # the base is defined elsewhere, or twice as near
+                line += [c for c in [find_class(base, f, files)] if c not in line]
+    return [(g, m) for g, owner in line for c, m in g.methods if c is owner and m.name == name]
 
 
 def find_class(name: str, near: File, files: list[File]) -> tuple[File, ast.ClassDef]:
-    """The class `name` as `near` imports it, else in the nearest file; refuses where there is none, or two."""
+    """The class `name` as `near` imports it, else in the nearest file. Raises Refused if there is none, or two."""
 
     def shared(f: File) -> int:
         return len(Path(os.path.commonpath([f.name, near.name])).parts)
 
     imports = [s for s in near.tree.body if isinstance(s, ast.ImportFrom) and name in [a.name for a in s.names]]
     modules = {(s.module or "").rpartition(".")[2] for s in imports}
-    found = [f for f in files if name in f.classes]
+    theirs = any((s.module or "").split(".")[0] == "transformers" for s in imports)  # a copy of it may lie in the tree
+    found = [f for f in files if name in f.classes and not theirs]
     found = [f for f in found if Path(f.name).stem in modules] or found
     found.sort(key=shared, reverse=True)
     if not found or (found[1:] and shared(found[0]) == shared(found[1])):
@@ -543,19 +449,7 @@ def names(node: ast.expr) -> list[str]:
     return [p.id for p in parts] if all(isinstance(p, ast.Name) for p in parts) else []
 
 
-def mentioned(node) -> set[str]:
-    """All names that occur in an expression."""
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} if isinstance(node, ast.AST) else set()
-
-
-def signature(function: ast.FunctionDef) -> inspect.Signature:
-    """The function's parameters, with whether they have defaults, for `bind`."""
-    kinds, a = inspect.Parameter, function.args
-    plain = [*a.posonlyargs, *a.args]
-    defaults = [kinds.empty] * (len(plain) - len(a.defaults)) + a.defaults
-    kind = [kinds.POSITIONAL_ONLY] * len(a.posonlyargs) + [kinds.POSITIONAL_OR_KEYWORD] * len(a.args)
-    found = [kinds(p.arg, k, default=d) for p, k, d in zip(plain, kind, defaults, strict=True)]
-    found += [kinds(a.vararg.arg, kinds.VAR_POSITIONAL)] if a.vararg else []
-    for p, default in zip(a.kwonlyargs, a.kw_defaults, strict=True):
-        found.append(kinds(p.arg, kinds.KEYWORD_ONLY, default=default or kinds.empty))
-    return inspect.Signature(found + ([kinds(a.kwarg.arg, kinds.VAR_KEYWORD)] if a.kwarg else []))
+def parameters(function: ast.FunctionDef) -> list[str]:
+    """The names of a method's parameters after `self`, less *args and **kwargs."""
+    a = function.args
+    return [p.arg for p in [*a.posonlyargs, *a.args, *a.kwonlyargs]][1:]
