@@ -503,6 +503,27 @@ def test_safetensors_are_taken_where_they_are(world):
     assert not list(world.folder.rglob("data/models/**/*.bin"))
 
 
+@pytest.mark.parametrize("listing", [{"siblings": None}, {"siblings": [{"rfilename": "a.json"}]}, b"<html>"], ids=str)
+def test_a_hub_that_lists_nothing_or_no_listing_is_one_error(world, listing):
+    def fault(handler, path):
+        if "/api/models/lmsys" in path:
+            about = {"id": "x", "sha": world.catalog["vicuna-7b-v1.5"]["revision"]}
+            html = isinstance(listing, bytes)
+            return handler.refuse(404) if html else handler.answer(path, json.dumps(about | listing).encode())
+
+    world.server.fault = fault
+    code, said = world.run()
+    assert code == 2 and "vicuna-7b-v1.5: " in said and not world.sent(".zip"), said
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"coco": 1}', "[" * 100_000, "\x00"])
+def test_a_damaged_lock_is_one_error(world, text):
+    (world.folder / "data").mkdir()
+    (world.folder / "data/sources.lock.json").write_text(text)
+    code, said = world.run()
+    assert code == 2 and "data/sources.lock.json is damaged" in said and not world.server.log
+
+
 class Harm:
     def __reduce__(self):
         return os.system, ("touch harm",)
@@ -573,6 +594,7 @@ def member(name, kind=stat.S_IFREG):
         ([(member("a.jpg", stat.S_IFCHR), b"")], "is a link or a device"),
         ([("a.jpg", b""), ("b/../a.jpg", b"")], "leads out"),
         ([("a.jpg", b"1"), ("a.jpg", b"2")], "is there twice"),
+        ([("a", b"1"), ("a/b.jpg", b"2")], "lies below a file"),
         ([("a.jpg", bytes(1 << 24))], "would become"),
         ([(f"{i}.jpg", b"") for i in range(99)], "holds 99 files, not 2"),
         ([], "holds 0 files"),

@@ -44,6 +44,7 @@ from scripts.outside import checked_name, matches, scrub
 LOCK = DATA / "sources.lock.json"
 CATALOG = Path(__file__).with_name("sources.toml")
 AT_ONCE = 4  # sources, and files of one
+LONGEST = 600  # seconds that a server may make it wait
 TRIES = 6  # without a byte more, then it gives up: after 1 + 2 + 4 + 8 + 16 s
 UNPACKED = 2  # times an archive's size: pictures do not compress, so what claims more is a bomb
 LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
@@ -269,7 +270,7 @@ def read_locks() -> dict[str, dict]:
         locks = json.loads(LOCK.read_text("utf-8"))
         if not all(isinstance(entry.get("sha256"), dict) for entry in locks.values()):
             raise ValueError("an entry has no hashes")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{LOCK} is damaged ({error}): mend it, or move it away to trust what comes next") from None
     return locks
 
@@ -311,7 +312,7 @@ def plan(source: Source, locked: dict) -> None:
     if pinned not in ("", info.sha):
         raise DataError(f"the hub gives {info.sha} of {source.repo} for {pinned}")
     source.revision = info.sha
-    listed = {checked_name(file.rfilename): file for file in info.siblings}
+    listed = {checked_name(file.rfilename): file for file in info.siblings or []}
     for pattern, names in chosen(source.only, listed).items():
         if not names:
             raise DataError(f"{source.repo} has no {pattern}, but {', '.join(list(listed)[:10])}")
@@ -374,7 +375,8 @@ def attempts(source: Source, once: Callable):
                 causes.append(cause)
             if LOCAL & {getattr(c, "errno", None) for c in causes} or "No space left" in str(causes[-1]):
                 raise DataError(f"{causes[-1]}: mend that and run again, it continues") from None
-            text = scrub(str(causes[-1]).split("\n")[0])
+            said = [cause for cause in causes if isinstance(cause, (OSError, RuntimeError))][-1]
+            text = scrub(str(said).split("\n")[0])
             responses = [given for c in causes if (given := getattr(c, "response", None)) is not None]
             response = responses[0] if responses else None
             status = response.status_code if response is not None else 0
@@ -386,7 +388,7 @@ def attempts(source: Source, once: Callable):
             if tries == TRIES:
                 raise DataError(f"{text}: given up after {TRIES} tries; run again to continue") from None
             after = response.headers.get("Retry-After", "") if response is not None else ""
-            wait = max(2 ** (tries - 1), int(after) if after.isdigit() else 0)
+            wait = max(2 ** (tries - 1), min(int(after), LONGEST) if after.isdecimal() else 0)
             say(f"{source.name}: {text}: goes on in {wait} s, with {gigabytes(got)} there")
             time.sleep(wait)
 
@@ -558,6 +560,8 @@ def checked_members(source: Source, archive: zipfile.ZipFile, count: int) -> dic
             raise zipfile.BadZipFile(f"{name!r} is there twice")
         if not member.is_dir():
             members[name] = member
+    if both := next((name for name in members if any(str(p) in members for p in Path(name).parents)), None):
+        raise zipfile.BadZipFile(f"{both!r} lies below a file")
     unpacked = sum(member.file_size for member in members.values())
     if unpacked > UNPACKED * count:
         raise zipfile.BadZipFile(f"its {gigabytes(count)} would become {gigabytes(unpacked)}")
