@@ -38,10 +38,11 @@ class World:
     def __init__(self, folder, server):
         self.folder, self.server = folder, server
         self.url = f"http://127.0.0.1:{server.server_port}"
-        (folder / "scripts/data").mkdir(parents=True)
+        for name in ("data", "setup"):
+            (folder / "scripts" / name).mkdir(parents=True)
         (folder / ".venv").symlink_to(ROOT / ".venv")
         shutil.copytree(ROOT / "scripts/configs", folder / "scripts/configs")
-        for name in ("__init__.py", "config.py", "outside.py", "data.sh", *SCRIPTS):
+        for name in ("__init__.py", "common.py", "config.py", "outside.py", "data.sh", "setup/kit.sh", *SCRIPTS):
             shutil.copy(ROOT / "scripts" / name, folder / "scripts" / name)
         pretrain = {"0/a.jpg": BIG, "1/b.jpg": picture()}
         coco = {f"train2017/{i}.jpg": picture("JPEG", after=1 << 20) for i in range(3)}

@@ -249,7 +249,7 @@ def test_uv_takes_pips_index_and_is_itself_locked_by_hash(tmp_path):
         here = f"http://127.0.0.1:{server.server_port}"
         for variables, there in (
             ({"PIP_INDEX_URL": here}, True),
-            ({"PIP_INDEX_URL": "http://127.0.0.1:9/none", "PIP_EXTRA_INDEX_URL": f"{here} http://127.0.0.1:9"}, True),
+            ({"PIP_INDEX_URL": f"{here}/none", "PIP_EXTRA_INDEX_URL": f"{here} {here}/none"}, True),
             ({"PIP_INDEX_URL": here, "UV_DEFAULT_INDEX": "http://127.0.0.1:9/none"}, False),
         ):
             shutil.rmtree(tmp_path / ".venv", ignore_errors=True)
