@@ -3,11 +3,13 @@
 Suffixes name a tensor's axes: B samples, L sequence positions, d hidden size.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from .config import VistaConfig
+from .config import Metric, Ramp, Reduction, VistaConfig
 
 # Elements of x that are held in fp32 at a time: 0.5 MiB, with what is made of it, stays in a CPU core's L2 cache.
 # A GPU takes 32 times as many: fewer launches, for at most two temporaries of 16 MiB.
@@ -22,20 +24,20 @@ class VistaLoss(NamedTuple):
     share:  fraction of the batch's samples that the term applies to.
     """
 
-    loss: torch.Tensor
-    cosine: torch.Tensor
-    share: torch.Tensor
+    loss: Tensor
+    cosine: Tensor
+    share: Tensor
 
 
 def vista_loss(
-    x_BLd: torch.Tensor,
-    h_BLd: torch.Tensor,
-    text_BL: torch.Tensor,
-    image_BL: torch.Tensor,
+    x_BLd: Tensor,
+    h_BLd: Tensor,
+    text_BL: Tensor,
+    image_BL: Tensor,
     *,
-    metric: str = "l2",
-    reduction: str = "mean",
-    ramp: str = "t/m",
+    metric: Metric = "l2",
+    reduction: Reduction = "mean",
+    ramp: Ramp = "t/m",
     detach_text: bool = False,
 ) -> VistaLoss:
     """Distance of each text token's embedding x_t, t = 1..m, to s, the hidden state of the last image token.
@@ -67,12 +69,12 @@ def vista_loss(
     x_BLd = x_BLd.detach() if detach_text else x_BLd
     ss_B1 = s_Bd.square().sum(1, keepdim=True)
     if metric == "l2":
-        xx_BL, dd_BL = _InnerProducts.apply(x_BLd, s_Bd, True)
+        xx_BL, dd_BL = _InnerProducts.apply(x_BLd, s_Bd, True)  # type: ignore[no-untyped-call]
         xs_BL = (xx_BL + ss_B1 - dd_BL) / 2  # for the figure `cosine` alone
         distance_BL = dd_BL / x_BLd.shape[2] if reduction == "mean" else dd_BL
         cosine_BL = _cosine(xs_BL, xx_BL, ss_B1)
     elif metric == "cosine":
-        xx_BL, xs_BL = _InnerProducts.apply(x_BLd, s_Bd, False)
+        xx_BL, xs_BL = _InnerProducts.apply(x_BLd, s_Bd, False)  # type: ignore[no-untyped-call]
         cosine_BL = _cosine(xs_BL, xx_BL, ss_B1)
         distance_BL = -cosine_BL
     else:
@@ -87,7 +89,7 @@ def vista_loss(
     )
 
 
-def _cosine(xs, xx, ss):
+def _cosine(xs: Tensor, xx: Tensor, ss: Tensor) -> Tensor:
     return xs * (xx * ss).clamp(min=torch.finfo(xs.dtype).tiny).rsqrt()  # padding is 0: no 0/0 there
 
 
@@ -98,7 +100,7 @@ class _InnerProducts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_BLd, s_Bd, difference):
+    def forward(ctx: Any, x_BLd: Tensor, s_Bd: Tensor, difference: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x_BLd, s_Bd)
         ctx.difference = difference
         s_B1d, norms, others = s_Bd[:, None], [], []
@@ -110,7 +112,7 @@ class _InnerProducts(torch.autograd.Function):
         return torch.cat(norms, 1).square(), other_BL.square() if difference else other_BL
 
     @staticmethod
-    def backward(ctx, g_xx_BL, g_other_BL):
+    def backward(ctx: Any, g_xx_BL: Tensor, g_other_BL: Tensor) -> tuple[Tensor | None, Tensor, None]:
         x_BLd, s_Bd = ctx.saved_tensors
         # d/dx = a x + b s and d/ds = sum_t (b x + c s), with per-position a, b, c.
         if ctx.difference:
@@ -128,8 +130,8 @@ class _InnerProducts(torch.autograd.Function):
         return g_x_BLd if needed else None, g_s_B1d[:, 0], None
 
 
-def _chunks(x_BLd, *others_BL_):
+def _chunks(x_BLd: Tensor, *others_BL_: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors in step, a chunk of x's L at a time."""
     B, _, d = x_BLd.shape
     size = max(1, (CHUNK if x_BLd.is_cpu else 32 * CHUNK) // (B * d))
-    return zip(*(tensor.split(size, dim=1) for tensor in (x_BLd, *others_BL_)), strict=True)
+    return zip(*(torch.split(tensor, size, dim=1) for tensor in (x_BLd, *others_BL_)), strict=True)

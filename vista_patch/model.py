@@ -21,7 +21,7 @@ _versions: "WeakKeyDictionary[nn.Module, int]" = WeakKeyDictionary()
 _watched: "WeakKeyDictionary[nn.Module, nn.Module]" = WeakKeyDictionary()
 
 
-def vista_forward(forward: Callable) -> Callable:
+def vista_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates the `forward` of a model that takes `input_ids`, `labels` and images, and returns a loss.
 
     Adds `weight * vista_loss(...)` to that loss, as `self.config.vista` says (VistaConfig). Where that is off or
@@ -41,7 +41,7 @@ def vista_forward(forward: Callable) -> Callable:
     return with_vista
 
 
-def _run(model: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> Any:
+def _run(model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     config = _config(model)
     if not model.training or not (PARSED or config.active):
         return forward(*args, **kwargs)
@@ -162,11 +162,12 @@ class Patch:
     """What `patch` has done to `model`. `undo` may be called twice."""
 
     def __init__(self, model: nn.Module, config: VistaConfig):
-        self.model = find(model)
+        self.model: Any = find(model)
+        self.owner: Any
         decoder = locate(self.model)[1]
         # An own forward of this instance hides the class's, whose base may hold the one that takes labels.
         own = "forward" in vars(self.model)
-        self.owner: Any = (
+        self.owner = (
             self.model if own else next(c for c in type(self.model).__mro__ if _takes_labels(vars(c).get("forward")))
         )
         forward = self.owner.forward
@@ -178,8 +179,9 @@ class Patch:
             self.owner.forward.patches += 1
         self.watch = decoder.register_forward_hook(_watch, with_kwargs=True)
         _watched[decoder] = self.model
-        self.vista = vars(self.model.config).get("vista")
-        self.model.config.vista = config.to_dict()
+        settings: Any = self.model.config
+        self.vista = vars(settings).get("vista")
+        settings.vista = config.to_dict()
         self.done = True
 
     def undo(self) -> None:
@@ -222,11 +224,11 @@ def find(model: nn.Module) -> nn.Module:
     )
 
 
-def _takes_labels(forward: Callable | None) -> bool:
+def _takes_labels(forward: Callable[..., Any] | None) -> bool:
     return forward is not None and "labels" in inspect.signature(forward).parameters
 
 
-def _bound(model: nn.Module, forward: Callable) -> Callable:
+def _bound(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
     def with_vista(*args: Any, **kwargs: Any) -> Any:
         return _run(model, forward, args, kwargs)
@@ -235,7 +237,7 @@ def _bound(model: nn.Module, forward: Callable) -> Callable:
     return with_vista
 
 
-def _watch(decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+def _watch(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Of a patched model: whoever runs its decoder in training runs it by the forward that adds the term."""
     model = _watched.get(decoder)
     if model is None or not (decoder.training and torch.is_grad_enabled()) or observed(model):

@@ -16,7 +16,7 @@ place of an image must arrive, in order, unaltered. Anything else raises Runtime
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -57,12 +57,15 @@ _places: "WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Module, nn.Module | N
 _open: list["Step"] = []
 
 
+Doubt = tuple[str, Tensor]  # what would be wrong, as a format, and [4]: whether it is, and three figures
+
+
 class Run(NamedTuple):
     """One run of the decoder in a step."""
 
     vista: VistaLoss
     h: Tensor
-    doubts: list[tuple[str, Tensor]]  # what would be wrong, as a format, and [4]: whether it is, and three figures
+    doubts: list[Doubt]
 
 
 class Step:
@@ -92,17 +95,17 @@ class Step:
             else "its forward got no labels, as with label smoothing or compute_loss_func, which take them out"
         )
 
-    def on_embedded(self, table: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def on_embedded(self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = (*args, *kwargs.values())[0]
         if torch.is_tensor(output) and output.shape[:-1] == ids.shape:
             # A copy of these alone, since the whole may not live as long as the step.
             self.embedded.append((ids.flatten(), output.detach().flatten(0, -2)[:, :SOME].clone()))
 
-    def on_entry(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+    def on_entry(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.entered is None:
             self.entered = args[0] if args else kwargs.get("hidden_states")
 
-    def on_decoded(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def on_decoded(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The term of this run, as soon as the decoder returns: later the logits would be in memory beside it."""
         entered, self.entered = self.entered, None
         if torch.is_grad_enabled() != self.gradient:
@@ -144,10 +147,10 @@ class Step:
         x = self.scaled(x, entered, text)
         vista = self.compute(x, h, text, image, self.samples(own, x, doubts))
         if self.gradient and vista.loss.requires_grad:
-            vista.loss.register_hook(self.mark)
+            vista.loss.register_hook(self.mark)  # type: ignore[no-untyped-call]
         self.runs.append(Run(vista, h, doubts))
 
-    def kinds(self, x: Tensor, ids: Tensor, real: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list]:
+    def kinds(self, x: Tensor, ids: Tensor, real: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, list[Doubt]]:
         """Text and image, bool [B, L], of the decoder's input x [B, L, d], and what speaks against it.
 
         ids, real: [B, T], the step's tokens and which of them are attended. mask: bool [B, L], or None.
@@ -219,7 +222,7 @@ class Step:
             )
         return entered if _scales[self.decoder] else x
 
-    def samples(self, own: Mapping[str, Any], x: Tensor, doubts: list) -> Tensor | None:
+    def samples(self, own: Mapping[str, Any], x: Tensor, doubts: list[Doubt]) -> Tensor | None:
         """[B, L] int, the sample that each position belongs to, where the caller packed several in a row."""
         (B, L), given = x.shape[:2], {**own, **self.given}
         for key, value in given.items():
@@ -230,7 +233,8 @@ class Step:
                     None
                 ]
         if torch.is_tensor(given.get("seq_idx")):
-            return given["seq_idx"].expand(B, L)
+            idx: Tensor = given["seq_idx"]
+            return idx.expand(B, L)
         pos = self.given.get("position_ids")
         if not torch.is_tensor(pos):
             return None
@@ -247,7 +251,8 @@ class Step:
 
     def compute(self, x: Tensor, h: Tensor, text: Tensor, image: Tensor, samples: Tensor | None) -> VistaLoss:
         c = self.config
-        settings = {"metric": c.metric, "reduction": c.reduction, "ramp": c.ramp, "detach_text": c.detach_text}
+        settings: dict[str, Any] = {"metric": c.metric, "reduction": c.reduction, "ramp": c.ramp}
+        settings["detach_text"] = c.detach_text
         parts = []
         for b, row in enumerate([] if samples is None else samples.diff(dim=1).ne(0).tolist()):
             at = [0, *(i for i, begins in enumerate(row, 1) if begins), len(row) + 1]
@@ -257,8 +262,8 @@ class Step:
         each = [vista_loss(x[p], h[p], text[p], image[p], **settings) for p in parts]
         full = torch.stack([(text[p] | image[p]).any() for p in parts])  # the others are padding
         share = torch.stack([v.share for v in each])
-        mean = [(torch.stack([v[i] for v in each]) * share).sum() / share.sum().clamp(min=1) for i in (0, 1)]
-        return VistaLoss(*mean, share.sum() / full.sum().clamp(min=1))
+        loss, cosine = ((torch.stack([v[i] for v in each]) * share).sum() / share.sum().clamp(min=1) for i in (0, 1))
+        return VistaLoss(loss, cosine, share.sum() / full.sum().clamp(min=1))
 
     def mark(self, gradient: Tensor) -> None:
         self.in_loss = True
@@ -275,7 +280,7 @@ class Step:
                     )
 
         if self.gradient and h.requires_grad and holds_images(self.given):
-            h.register_hook(check)
+            h.register_hook(check)  # type: ignore[no-untyped-call]
 
     def term(self, loss: Tensor | None) -> VistaLoss | None:
         """The term of the runs that `loss` was computed from; None where no image can have been among them."""
@@ -343,10 +348,9 @@ def locate(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:
     Raises TypeError where there is no such module.
     """
     name = type(model).__name__
-    try:
-        table = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        table = None
+    table: Any = None
+    with suppress(AttributeError, NotImplementedError):
+        table = model.get_input_embeddings()  # type: ignore[operator]
     found = _places.get(model)
     if found and found[0] is table:
         return found
@@ -439,7 +443,8 @@ def leak(wide: Tensor, text: Tensor, image: Tensor) -> Tensor:
 
 def reaches(loss: Tensor, states: list[Tensor]) -> list[bool]:
     """Which of the states `loss` was computed from, by autograd's graph."""
-    wanted, seen, todo = {state.grad_fn for state in states}, set(), [loss.grad_fn]
+    seen: set[Any] = set()
+    wanted, todo = {state.grad_fn for state in states}, [loss.grad_fn]
     while todo and not wanted <= seen:
         node = todo.pop()
         if node is not None and node not in seen:
@@ -448,10 +453,10 @@ def reaches(loss: Tensor, states: list[Tensor]) -> list[bool]:
     return [state.grad_fn in seen for state in states]
 
 
-_late: "WeakKeyDictionary[nn.Module, list]" = WeakKeyDictionary()
+_late: "WeakKeyDictionary[nn.Module, list[tuple[list[str], Tensor, Any]]]" = WeakKeyDictionary()
 
 
-def read(model: nn.Module, doubts: list[tuple[str, Tensor]], wait: bool = False) -> None:
+def read(model: nn.Module, doubts: list[Doubt], wait: bool = False) -> None:
     """Raises RuntimeError for the first doubt that is true: on a CPU and in the first step at once.
 
     A GPU's are copied aside and read when they have come, which is in the next step: nothing waits for the device.
@@ -462,7 +467,7 @@ def read(model: nn.Module, doubts: list[tuple[str, Tensor]], wait: bool = False)
         if figures.is_cuda and not first:
             there = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=True)
             there.copy_(figures, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             late.append((texts, there, event))
         else:
@@ -500,7 +505,7 @@ def settings(config: Any) -> Iterator[tuple[str, Any]]:
             yield from settings(value)
 
 
-def bind(forward: Callable, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """A call's arguments by name, those in **kwargs too."""
     signature = inspect.signature(forward)
     given = signature.bind_partial(*args, **kwargs).arguments

@@ -26,7 +26,7 @@ def vista_arguments(arguments: type) -> type:
         setting = settings[name]
         added.append((flag, setting.type, field(default=setting.default, metadata=setting.metadata)))
 
-    def parsed(self):
+    def parsed(self: Any) -> None:
         getattr(super(extended, self), "__post_init__", lambda: None)()
         if self.vista != "off":
             PARSED.append(self.vista)
@@ -77,9 +77,10 @@ class Attachment:
 
     def __init__(self, trainer: Any, config: VistaConfig):
         self.trainer, self.config, self.halved = trainer, config, 0.0
-        self.model = find(trainer.model) if config.active else trainer.model
+        self.model: Any = find(trainer.model) if config.active else trainer.model
         self.before = vars(self.model.config).get("vista") if hasattr(self.model, "config") else None
-        self.model.config.vista = config.to_dict()
+        settings: Any = self.model.config
+        settings.vista = config.to_dict()
         self.stock = {
             name: getattr(trainer, name) for name in ("compute_loss", "log", "save_model") if hasattr(trainer, name)
         }
