@@ -335,10 +335,13 @@ def test_another_nan_stops_it_all_the_same(workshop, unlabelled, tmp_path):
 
 
 def test_a_picture_that_breaks_in_mid_training_is_named(workshop, tmp_path):
-    shutil.copytree(workshop / "images", tmp_path / "images")
-    (tmp_path / "images/7.png").write_bytes(b"no picture")
-    with pytest.raises(AssertionError, match=r"row \d+ of the data \(id 7, image 7.png\) cannot be used: Unidentified"):
-        train(workshop, tmp_path / "out", "pretrain", image_folder=tmp_path / "images")
+    rows = json.loads((workshop / "pretrain.json").read_text())
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    rows[7]["image"] = str(tmp_path / "broken.png")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    said = rf"row 7 of the data \(id {rows[7]['id']}, image {tmp_path}/broken.png\) cannot be used: Unidentified"
+    with pytest.raises(AssertionError, match=said):
+        train(workshop, tmp_path / "out", "pretrain", data_path=tmp_path / "rows.json")
 
 
 def test_nothing_is_left_of_a_training_whose_script_was_killed_without_a_home(kit, tmp_path):

@@ -390,7 +390,7 @@ def main(argv: list[str]) -> int:
     if (out / "stop").exists():
         print(f"{stage.name}: stopped; the same command continues. The whole log is {log}")
         return 143
-    with log.open(encoding="utf-8", errors="replace") as file:
+    with log.open(encoding="utf-8", errors="replace", newline="\n") as file:  # a progress bar is one line
         last = "".join(deque(file, 40))
     print(last, end="", file=sys.stderr)
     if "OutOfMemoryError" in last or "CUDA out of memory" in last:
