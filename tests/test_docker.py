@@ -3,7 +3,9 @@
 What this says nothing about: the CUDA base, flash-attn, a GPU.
 """
 
+import base64
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -198,7 +200,8 @@ def test_target_cuda_is_built_on_the_stand_in_base(engine, tmp_path):
         wheel.writestr("flash_attn/__init__.py", "__version__ = 'a stand-in'\n")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.8\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+        digest = base64.urlsafe_b64encode(hashlib.sha256(wheel.read("flash_attn/__init__.py")).digest()).decode()
+        wheel.writestr(f"{info}/RECORD", f"flash_attn/__init__.py,sha256={digest.rstrip('=')},\n")  # verify compares it
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
