@@ -1,5 +1,5 @@
 # README's two commands, and what keeps them honest. `make` alone prints the targets.
-.PHONY: help reproduce study setup test test-pins test-suite test-rehearsal test-faults test-docker image lint lock
+.PHONY: help reproduce study setup test test-pins test-suite test-rehearsal test-faults test-families test-docker image lint lock
 
 help:
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## \(.*\)/make \1 \t\2/p' Makefile | expand -t 24
@@ -36,6 +36,11 @@ test-rehearsal: setup     ## the full profile of both backbones, from a local hu
 test-faults: setup        ## the miniature killed at 20 moments, a full disk, damaged checkpoints
 	.venv/bin/python -m pytest -m faults
 
+test-families:            ## families of models and trainers, in four releases of transformers (4 GB more)
+	for release in 4.46 4.51 4.57 5; do \
+	    scripts/setup/env.sh families-$$release && .venv-families-$$release/bin/python -m pytest -m families tests/families || exit 1; \
+	done
+
 test-docker: setup        ## the image's cpu target, built and run (as root, on Debian)
 	.venv/bin/python -m pytest -m docker
 
@@ -50,7 +55,8 @@ lint: setup               ## check style, types and shell
 	.venv/bin/hadolint docker/Dockerfile
 
 lock:                     ## resolve docker/locks/*.in into the hash-locked *.txt
-	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10 uv:3.10; do \
+	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10 uv:3.10 \
+	    families-4.46:3.11 families-4.51:3.11 families-4.57:3.11 families-5:3.11; do \
 	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
 	        -o docker/locks/$${name%:*}.txt; \
 	done
