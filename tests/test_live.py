@@ -141,6 +141,20 @@ def test_a_forward_that_is_replaced_after_patching_raises(plain):
         vista_metrics(plain)
 
 
+def test_steps_that_say_they_want_no_labels_raise_only_where_there_are_no_others(make_model):
+    model, inputs = make_model({"metric": "l2"}), batch()
+
+    def bare():
+        model(**inputs | {"labels": None}).logits.sum().backward()
+
+    bare()
+    with pytest.raises(RuntimeError, match="trained without its term: its forward got no labels"):
+        vista_metrics(model)
+    bare()
+    model(**inputs).loss.backward()
+    assert vista_metrics(model)["loss_vista"] > 0 and vista_metrics(model) == {}
+
+
 def test_a_forward_that_calls_a_decorated_one_adds_the_term_once(make_model):
     model = make_model({"metric": "l2"})
     once, cls = model(**batch()).loss, type(model)

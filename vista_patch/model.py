@@ -106,7 +106,8 @@ def vista_metrics(model: nn.Module, where: str = "this call") -> dict[str, float
     sums = next((_sums.pop(m) for m in model.modules() if m in _sums), None)
     if sums is None:
         sums = torch.zeros(7, device=next(model.parameters()).device)
-    read(holder, [], wait=True)
+    for module in model.modules():  # the observed one may lie inside of others that show its config (PEFT, DDP)
+        read(module, [], wait=True)
     finite = sums[1].clone()
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
@@ -115,9 +116,10 @@ def vista_metrics(model: nn.Module, where: str = "this call") -> dict[str, float
     version = sum(p._version for p in trained)
     before = _versions.get(holder)
     _versions[holder] = version
+    noted = [bypassed.pop(module) for module in model.modules() if module in bypassed]
     if steps == 0:
         changed = version != before if before is not None else any(p.grad is not None for p in trained)
-        why = bypassed.pop(holder, f"no step went through what adds it ({whose(holder)})" if changed else None)
+        why = next(iter(noted), f"no step went through what adds it ({whose(holder)})" if changed else None)
         if why:
             raise RuntimeError(f"VISTA: {type(holder).__name__} was trained without its term: {why}. {MEND}")
         return {}

@@ -461,7 +461,7 @@ def read(model: nn.Module, doubts: list[Doubt], wait: bool = False) -> None:
 
     A GPU's are copied aside and read when they have come, which is in the next step: nothing waits for the device.
     """
-    first, late = model not in _late, _late.setdefault(model, [])
+    first, late = model not in _late, _late.setdefault(model, []) if doubts else _late.get(model, [])
     if doubts:
         texts, figures = [text for text, _ in doubts], torch.stack([figures for _, figures in doubts])
         if figures.is_cuda and not first:
