@@ -51,7 +51,7 @@ lint: setup               ## check style, types and shell
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy scripts
-	.venv/bin/mypy --strict --follow-imports silent $(filter-out vista_patch/source.py vista_patch/__main__.py,$(wildcard vista_patch/*.py))
+	.venv/bin/mypy --strict vista_patch
 	.venv/bin/shellcheck scripts/*.sh scripts/setup/*.sh scripts/training/cluster/*.sbatch docker/*.sh ci/*.sh .ci/run
 	.venv/bin/hadolint docker/Dockerfile
 

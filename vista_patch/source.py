@@ -26,6 +26,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 SPLICE = "prepare_inputs_labels_for_multimodal"
 LARGEST = 2 << 20  # bytes of a source file; no model file that we know has 0.3 MiB
@@ -54,6 +55,9 @@ both can be reached once the trainer is made.
 }
 
 
+Load = Callable[..., "list[File]"]  # of `plan`: reads the files that hold one of the words
+
+
 class Refused(Exception):
     """The tree cannot be patched; the message says where and why."""
 
@@ -80,7 +84,8 @@ class File:
             self.tree = parse(self.stock)
             self.outline(self.tree, None)
         except (SyntaxError, ValueError) as error:
-            line = self.numbers[error.lineno - 1] if getattr(error, "lineno", None) else 1
+            at = getattr(error, "lineno", None)
+            line = self.numbers[at - 1] if at else 1
             raise Refused(f"{name}:{line}: this Python cannot read it: {getattr(error, 'msg', error)}") from None
         except (RecursionError, MemoryError):
             raise Refused(f"{name}:1: an expression here is nested too deeply for this Python to read") from None
@@ -102,21 +107,23 @@ class File:
                 self.assigns.append((function, node))
             self.outline(node, function)
 
-    def at(self, node: ast.AST) -> str:
+    def at(self, node: ast.stmt | ast.expr) -> str:
         return f"{self.name}:{self.numbers[node.lineno - 1]}"
 
     def alone(self, node: ast.stmt) -> bool:
         """Whether nothing else but a comment stands on the lines of the statement."""
         before = self.lines[node.lineno - 1][: node.col_offset]
-        after = self.lines[node.end_lineno - 1][node.end_col_offset :]
+        after = self.lines[end_line(node) - 1][node.end_col_offset :]
         return not before.strip(b" \t\f\xef\xbb\xbf") and bool(re.fullmatch(rb"[ \t\f]*;?[ \t\f]*(#.*)?[\r\n]*", after))
 
     def insert(self, hook: str, first: int, after: int | None = None) -> None:
         """Plans `hook` above line `first`, or after line `after`: in the indentation of `first`, with its newline."""
-        newline = re.search(rb"[\r\n]*\Z", self.lines[(after or first) - 1]).group()
+        above = self.lines[(after or first) - 1]
+        newline = above[len(above.rstrip(b"\r\n")) :]
         if not newline:
             raise Refused(f"{self.name}:{first}: the file ends here without a newline, so no line can be added")
-        indent = re.match(rb"[ \t]*", self.lines[first - 1]).group()
+        line = self.lines[first - 1]
+        indent = line[: len(line) - len(line.lstrip(b" \t"))]
         index = first - 1 if after is None else after
         self.inserts.add((index, hook != IMPORT, hook, indent + hook.encode() + newline))
 
@@ -134,8 +141,8 @@ class Plan:
 
     root: Path
     files: dict[str, File] = field(default_factory=dict)
-    classes: list[dict] = field(default_factory=list)
-    scripts: list[dict] = field(default_factory=list)
+    classes: list[dict[str, str]] = field(default_factory=list)
+    scripts: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refusal: str | None = None
 
@@ -158,8 +165,8 @@ class Plan:
             hooks = {hook.partition("(")[0] for _, _, hook, _ in f.inserts}
             text = "".join(reason for hook, reason in REASONS.items() if hook in hooks) + "\n"
             old, new = (d.decode("utf-8", "surrogateescape") for d in (f.stock, f.patched))
-            old, new = (re.findall(".*\n|.+", lines) for lines in (old, new))  # git ends lines at \n alone
-            for line in difflib.unified_diff(old, new, f"a/{f.name}", f"b/{f.name}"):
+            before, after = (re.findall(".*\n|.+", lines) for lines in (old, new))  # git ends lines at \n alone
+            for line in difflib.unified_diff(before, after, f"a/{f.name}", f"b/{f.name}"):
                 text += line if line.endswith("\n") else line + "\n\\ No newline at end of file\n"
             diffs[f.name] = text
         return diffs
@@ -222,10 +229,10 @@ def plan(root: Path) -> Plan:
         result.refusal = str(refusal)
         # Another package in the tree may be the reason: look whether one alone can be patched.
         above = {folder for c in result.classes for folder in list(Path(c["forward"]).parents)[:-1]}
-        for folder in sorted(above, key=lambda folder: len(folder.parts)):
-            alone = plan(root / folder)
+        for package in sorted(above, key=lambda package: len(package.parts)):
+            alone = plan(root / package)
             if alone.refusal is None and alone.scripts:
-                result.refusal += f"; the subfolder {root / folder} can be patched alone"
+                result.refusal += f"; the subfolder {root / package} can be patched alone"
                 break
     return result
 
@@ -251,17 +258,18 @@ def plan_classes(result: Plan, files: list[File]) -> set[ast.FunctionDef]:
         for method, call in f.calls:
             if not last_name(call).startswith(SPLICE):
                 continue
-            own = method in owners and last_name(getattr(call.func, "value", call)) == "self"
-            if not own or method.name != "forward":
-                name = f"{owners[method].name}.{method.name}" if method in owners else "a function"
+            cls = owners.get(method) if method else None
+            own = cls and last_name(getattr(call.func, "value", call)) == "self"
+            if not method or not cls or not own or method.name != "forward":
+                name = f"{cls.name}.{method.name}" if method and cls else "a function"
                 elsewhere.append(
                     f"{f.at(call)}: {name} calls {last_name(call)}, but is no `forward` that calls it on self"
                 )
-            elif defect := find_defect(f, owners[method], method, call, files):
-                result.skipped.append(f"{f.at(call)}: {owners[method].name}.forward {defect}")
+            elif defect := find_defect(f, cls, method, call, files):
+                result.skipped.append(f"{f.at(call)}: {cls.name}.forward {defect}")
                 forwards.add(method)
             else:
-                result.classes.append({"class": owners[method].name, "forward": f.at(method)})
+                result.classes.append({"class": cls.name, "forward": f.at(method)})
                 f.insert(FORWARD, method.lineno)
                 forwards.add(method)
     if not result.classes:
@@ -283,7 +291,7 @@ def find_defect(f: File, cls: ast.ClassDef, forward: ast.FunctionDef, call: ast.
     return ""
 
 
-def plan_scripts(result: Plan, files: list[File], forwards: set[ast.FunctionDef], load: Callable) -> None:
+def plan_scripts(result: Plan, files: list[File], forwards: set[ast.FunctionDef], load: Load) -> None:
     """Lines for each train script that is understood. The others are noted; it is refused if all are others."""
     problems = []
     for f in files:
@@ -300,7 +308,7 @@ def plan_scripts(result: Plan, files: list[File], forwards: set[ast.FunctionDef]
     result.skipped += problems
 
 
-def find_unreached(f: File, forwards: set[ast.FunctionDef], load: Callable) -> list[str]:
+def find_unreached(f: File, forwards: set[ast.FunctionDef], load: Load) -> list[str]:
     """Notes on the models of this tree that a script makes and that train past the lines of ours."""
     notes = {}
     for _, call in f.calls:
@@ -321,7 +329,7 @@ def find_unreached(f: File, forwards: set[ast.FunctionDef], load: Callable) -> l
     return list(notes.values())
 
 
-def plan_script(f: File, load: Callable) -> dict:
+def plan_script(f: File, load: Load) -> dict[str, Any]:
     """Plans the lines of one train script. Raises Refused if it is not understood, or its trainer drops the loss."""
     function, parser = next((s, c) for s, c in f.calls if last_name(c) == "HfArgumentParser")
     made = [a for s, a in f.assigns if s is function and isinstance(a.value, ast.Call)]
@@ -373,7 +381,7 @@ def plan_import(f: File) -> None:
             last = statement
         elif last and isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
             break
-    if last is None or last.end_lineno > min(f.inserts)[0]:
+    if last is None or end_line(last) > min(f.inserts)[0]:
         raise Refused(f"{f.name}:1: has no import above its first class, so VISTA's has no place")
     f.insert(IMPORT, last.lineno, after=last.end_lineno)
     for number, line in zip(f.numbers, f.lines, strict=True):
@@ -437,6 +445,10 @@ def parse(data: bytes) -> ast.Module:
         return ast.parse(data)
 
 
+def end_line(node: ast.stmt) -> int:
+    return node.end_lineno or node.lineno
+
+
 def last_name(node: ast.expr) -> str:
     """`C` of `a.b.C` and of `a.b.C(...)`; empty where there is no such name."""
     node = node.func if isinstance(node, ast.Call) else node
@@ -446,7 +458,8 @@ def last_name(node: ast.expr) -> str:
 def names(node: ast.expr) -> list[str]:
     """The names in a tuple or list, or of a single name; empty where a part is anything else."""
     parts = node.elts if isinstance(node, (ast.Tuple, ast.List)) else [node]
-    return [p.id for p in parts] if all(isinstance(p, ast.Name) for p in parts) else []
+    found = [p.id for p in parts if isinstance(p, ast.Name)]
+    return found if len(found) == len(parts) else []
 
 
 def parameters(function: ast.FunctionDef) -> list[str]:
