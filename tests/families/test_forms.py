@@ -1,7 +1,5 @@
 """Samples packed in rows, adapters, noise, shared and resized embeddings, and models that are sharded or replicated."""
 
-import importlib.util
-
 import pytest
 import torch
 
@@ -202,14 +200,6 @@ def test_an_uneven_accumulation_raises_nothing_false(family):
         model(**(inputs | {"labels": torch.full_like(inputs["labels"], -100)}))
         model(**inputs).loss.backward()
         model(**{key: value for key, value in inputs.items() if key != "labels"})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="no deepspeed in this environment")
-@pytest.mark.parametrize("stage", (2, 3))
-def test_zero(stage, tmp_path):
-    from tests.families.test_trainers import run
-
-    run(tmp_path, 1, "sharded", how=f"zero{stage}", family="LLaVA")
 
 
 @pytest.mark.parametrize("how", ("ddp", "fsdp2"))

@@ -139,3 +139,5 @@ if __name__ == "__main__":
 
     if not dist.is_initialized() or dist.get_rank() == 0:
         torch.save(result, sys.argv[2])
+    if dist.is_initialized():
+        dist.destroy_process_group()
