@@ -10,7 +10,7 @@ import vista_patch
 from tests.helpers import reference
 from vista_patch import vista_metrics
 
-IMAGE, D = 30, 8
+IMAGE, D = 30, 48
 ROWS = [[1, 5, IMAGE, IMAGE, 6, 7, 8], [1, 2, 3, 4, 9, 10, 11]]
 
 
@@ -55,10 +55,10 @@ def expected(model, given):
     return reference(*model.decoder.seen, ids != IMAGE, ids == IMAGE, "l2", "mean", "t/m")
 
 
-def altered(at):
+def altered(at, number=slice(None)):
     def change(x):
         x = x.clone()
-        x[:, at] = x[:, at] + 1
+        x[:, at, number] = x[:, at, number] + 1
         return x
 
     return change
@@ -68,12 +68,13 @@ def altered(at):
     "change,token",
     [
         (altered(5), 7),
+        (altered(5, -1), 7),
         (altered(slice(4, 6)), 6),
         (lambda x: x[:, [0, 1, 2, 3, 5, 4, 6]], 6),
         (lambda x: torch.cat([x[:, :5], x[:, 4:5], x[:, 6:]], 1), 7),
         (lambda x: x.bfloat16().float(), 1),
     ],
-    ids=["one token altered", "two", "two swapped", "one doubled", "rounded"],
+    ids=["one token altered", "the last number of one", "two", "two swapped", "one doubled", "rounded"],
 )
 def test_text_that_does_not_arrive_as_it_was_is_named(change, token):
     """A single token, too: nothing of the text may be missing without a word."""

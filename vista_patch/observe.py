@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .config import VistaConfig
-from .loss import VistaLoss, vista_loss
+from .loss import CHUNK, VistaLoss, vista_loss
 
 NONE = -(2**62)  # the id and the key of nothing
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-SOME = 32  # the numbers of a vector that tell it from others
+SOME = 32  # the numbers that tell a vector from others where the decoder gets another dtype than the embedding gives
 OFF = "or set model.config.vista = {'metric': 'off'}"
 
 MEND = (
@@ -60,6 +60,14 @@ _open: list["Step"] = []
 Doubt = tuple[str, Tensor]  # what would be wrong, as a format, and [4]: whether it is, and three figures
 
 
+class Embedded(NamedTuple):
+    """One call of the token embedding."""
+
+    ids: Tensor  # [N]
+    keys: Tensor  # [N], of its vectors
+    some: Tensor  # [N, SOME], the first numbers of each
+
+
 class Run(NamedTuple):
     """One run of the decoder in a step."""
 
@@ -81,7 +89,7 @@ class Step:
                 self.given[key] = self.given[key].clone()
         self.table, self.decoder, self.block = locate(model)
         self.gradient = torch.is_grad_enabled()
-        self.embedded: list[tuple[Tensor, Tensor]] = []
+        self.embedded: list[Embedded] = []
         self.runs: list[Run] = []
         self.looked_up = 0  # runs that got ids in place of embeddings
         self.entered: Tensor | None = None
@@ -98,8 +106,8 @@ class Step:
     def on_embedded(self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = (*args, *kwargs.values())[0]
         if torch.is_tensor(output) and output.shape[:-1] == ids.shape:
-            # A copy of these alone, since the whole may not live as long as the step.
-            self.embedded.append((ids.flatten(), output.detach().flatten(0, -2)[:, :SOME].clone()))
+            # No more is kept of it, since the whole may not live as long as the step.
+            self.embedded.append(Embedded(ids.flatten(), keys(output).flatten(), some(output).flatten(0, -2).clone()))
 
     def on_entry(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.entered is None:
@@ -156,8 +164,10 @@ class Step:
         ids, real: [B, T], the step's tokens and which of them are attended. mask: bool [B, L], or None.
         """
         T, L = ids.shape[1], x.shape[1]
-        known = Known(self.embedded, ids, real, x.dtype)
-        keys_BL = keys(x)
+        same = all(each.some.dtype == x.dtype for each in self.embedded)
+        keys_BL = keys(x if same else some(x))
+        found = [each.keys if same else keys(each.some.to(x.dtype)) for each in self.embedded]
+        known = Known(torch.cat([each.ids for each in self.embedded]), torch.cat(found), ids, real)
         spliced = L != T
         if mask is None:  # then zeros at the ends of rows are padding, where rows were put together anew
             mask = (
@@ -374,9 +384,8 @@ class Known:
     """The vectors that the embedding gave for tokens of `ids`, by their keys. Equal vectors count as one token: the
     one with the smallest id (tokens that were added to a vocabulary often begin as copies)."""
 
-    def __init__(self, embedded: list[tuple[Tensor, Tensor]], ids: Tensor, real: Tensor, dtype: torch.dtype):
-        given = torch.cat([i for i, _ in embedded])
-        found = torch.cat([keys(vectors.to(dtype)) for _, vectors in embedded])
+    def __init__(self, given: Tensor, found: Tensor, ids: Tensor, real: Tensor):
+        """given, found: [N], the tokens that the embedding was asked for, and the keys of what it gave."""
         # Images may come out of the same embedding, and be zeros as a padding token is.
         text = among(given, ids) & ((found != 0) | among(given, torch.where(real, ids, NONE)))
         found = torch.where(text, found, NONE)
@@ -396,12 +405,24 @@ class Known:
         return torch.where(self.ids[at] == ids, found, NONE)
 
 
+def some(vectors: Tensor) -> Tensor:
+    return vectors.detach()[..., :SOME]
+
+
 def keys(vectors: Tensor) -> Tensor:
-    """An integer for each vector, of the bits of its first numbers; 0 for zeros."""
-    some = vectors.detach()[..., :SOME].contiguous()
+    """An integer for each vector [..., n], of all its bits; 0 for zeros. A sum of integers is the same in any order."""
+    rows = vectors.detach().flatten(0, -2)
+    size = rows.shape[1] * rows.element_size()
+    word = 8 if size % 8 == 0 else rows.element_size()
     random = torch.Generator().manual_seed(0)
-    factors = torch.randint(-(2**62), 2**62, (some.shape[-1],), generator=random) * 2 + 1
-    return (some.view(BITS[some.element_size()]).long() * factors.to(some.device, non_blocking=True)).sum(-1)
+    factors = torch.randint(-(2**62), 2**62, (size // word,), generator=random) * 2 + 1
+    factors = factors.to(rows.device, non_blocking=True)
+    found = []
+    at_once = max(1, (CHUNK if rows.is_cpu else 32 * CHUNK) // len(factors))  # as the loss does
+    for part in torch.split(rows, at_once):
+        words = part.contiguous().view(BITS[word]).long()
+        found.append(((words ^ (words >> 29)) * factors).sum(-1))  # so that a sign bit moves more than the highest one
+    return torch.cat(found).view(vectors.shape[:-1])
 
 
 def compact(values: Tensor, chosen: Tensor, width: int) -> Tensor:
