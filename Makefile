@@ -22,7 +22,7 @@ setup:                    ## make .venv, clone stock LLaVA, patch it
 	scripts/setup/patch.sh
 
 test: setup               ## set up everything and run the tests; prints their coverage
-	.venv/bin/python -m pytest --cov
+	.venv/bin/python -m pytest --cov -n auto --dist loadfile
 
 test-pins: setup          ## what needs other environments (installs 15 GB more)
 	.venv/bin/python -m pytest -m pins
@@ -57,7 +57,7 @@ lint: setup               ## check style, types and shell
 
 lock:                     ## resolve docker/locks/*.in into the hash-locked *.txt
 	for name in cpu:3.11 cpu-tinyllava:3.10 llava:3.10 tinyllava:3.10 sbom:3.10 uv:3.10 \
-	    families-4.46:3.11 families-4.51:3.11 families-4.57:3.11 families-5:3.11; do \
+	    families-4.46:3.11 families-4.51:3.11 families-4.57:3.11 families-5:3.11 torch:3.11; do \
 	    .uv/bin/uv pip compile --quiet docker/locks/$${name%:*}.in --python-version $${name#*:} --generate-hashes --no-header \
 	        -o docker/locks/$${name%:*}.txt; \
 	done

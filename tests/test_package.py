@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import tarfile
 import zipfile
 
@@ -67,13 +66,15 @@ def test_the_wheel_works_where_there_is_torch_alone(built, tmp_path):
         [ROOT / ".uv/bin/uv", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", wheel],
         check=True,
     )
-    # torch and what it needs, and nothing else of this environment
+    subprocess.run([ROOT / "scripts/setup/env.sh", "torch"], check=True)
     code = "import sys, importlib.metadata as m\n"
     code += f"sys.path[:] = [p for p in sys.path if {str(ROOT)!r} != p]\n" + USE
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [ROOT / ".venv-torch/bin/python", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.stdout.split() == [vista_patch.__version__, "1.0", "False"], done.stderr[-2000:]
-    command = [tmp_path / "site/bin/vista-patch", "check", tmp_path]
+    command = [ROOT / ".venv-torch/bin/python", tmp_path / "site/bin/vista-patch", "check", tmp_path]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "other:" in done.stdout, done.stdout + done.stderr
 

@@ -9,6 +9,7 @@
 #                     that compare them with the CPU's
 #   families-RELEASE  .venv-families-RELEASE: transformers 4.46, 4.51, 4.57 or 5, its trainers and adapters, for
 #                     make test-families (Python 3.11)
+#   torch             .venv-torch: torch alone, in which the wheel of vista_patch is tried (Python 3.11)
 #
 # Takes no time when nothing changed; continues where it was cut off.
 set -euo pipefail
@@ -17,11 +18,12 @@ cd "$(dirname "$0")/../.."
 case ${1:-} in -h | --help) sed -n 's/^#   scripts/usage: scripts/p; s/^# //p' scripts/setup/env.sh && exit ;; esac
 name=${1:-cpu}
 case $name in
-    cpu) venv=.venv python=3.11 imports="deepspeed, lmms_eval, easy_vqa, sklearn" ;;
-    cpu-tinyllava) venv=.venv-cpu-tinyllava python=3.10 imports="deepspeed, lmms_eval, einops_exts" ;;
-    llava | tinyllava) venv=.venv-$name python=3.10 imports="deepspeed, torchvision" ;;
-    families-4.46 | families-4.51 | families-4.57 | families-5) venv=.venv-$name python=3.11 imports="accelerate, pytest" ;;
-    *) echo "env: no environment '$name': choose cpu, cpu-tinyllava, llava, tinyllava or families-RELEASE" >&2 && exit 2 ;;
+    cpu) venv=.venv python=3.11 imports="peft, transformers, deepspeed, lmms_eval, easy_vqa, sklearn" ;;
+    cpu-tinyllava) venv=.venv-cpu-tinyllava python=3.10 imports="peft, transformers, deepspeed, lmms_eval, einops_exts" ;;
+    llava | tinyllava) venv=.venv-$name python=3.10 imports="peft, transformers, deepspeed, torchvision" ;;
+    families-4.46 | families-4.51 | families-4.57 | families-5) venv=.venv-$name python=3.11 imports="peft, transformers, accelerate, pytest" ;;
+    torch) venv=.venv-torch python=3.11 imports="torch" ;;
+    *) echo "env: no environment '$name': choose cpu, cpu-tinyllava, llava, tinyllava, torch or families-RELEASE" >&2 && exit 2 ;;
 esac
 lock=docker/locks/$name.txt
 want=$(sha256sum "$lock")
@@ -59,7 +61,7 @@ hand_on UV_INSECURE_HOST trusted-host
 hand_on SSL_CERT_FILE cert
 # torch's CPU build is on the PyTorch index, or in a folder of wheels that pip already knows of.
 torch_source=()
-if [[ $name == cpu || $name == families-* ]]; then
+if [[ $name == cpu || $name == torch || $name == families-* ]]; then
     links=$(sed -n "s/^.*find-links='\(.*\)'$/\1/p" <<<"$settings" | tr ' ' '\n' | sort -u | paste -sd, -)
     if [[ -n $links ]] && compgen -G "${links%%,*}/torch-*+cpu-*.whl" >/dev/null; then
         export UV_FIND_LINKS=$links
@@ -81,5 +83,5 @@ rm -f "$venv/lock.sha256"
 # vista_patch comes from this folder.
 echo "$PWD" >"$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vista_patch.pth"
 echo "env: checking imports"
-"$venv/bin/python" -c "import torch, peft, transformers, $imports" >/dev/null
+"$venv/bin/python" -c "import $imports" >/dev/null
 echo "$want" >"$venv/lock.sha256"
