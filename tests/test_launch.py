@@ -173,7 +173,7 @@ def test_a_smaller_batch_of_the_same_rows_goes_on_in_mid_stage(monkeypatch, tmp_
 def test_what_changed_is_named_and_how_to_go_on(monkeypatch, tmp_path, capsys):
     for before, message in (
         ({"ranks": "8"}, "remove it to start over, or go on with RANKS=8: ranks (RANKS) was 8, is 1"),
-        ({"learning_rate": "0.5"}, "remove it, or undo the change: learning_rate was 0.5, is 0.002"),
+        ({"learning_rate": "0.5"}, "remove it, or undo the change: learning_rate was 0.5, is 0.005"),
         ({"odd": "1"}, "odd was 1, is not set"),
     ):
         with pytest.raises(SystemExit):
@@ -283,7 +283,9 @@ def test_the_users_own_torch_extensions_are_left_alone(stage, monkeypatch, tmp_p
 @pytest.mark.parametrize("number", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 def test_whatever_ends_a_launcher_ends_its_children(tmp_path, number):
     code = (
-        "import sys; from scripts import common\n"
+        "import signal, sys; from scripts import common\n"
+        # A job in a shell's background inherits that SIGINT is ignored.
+        "for number in (signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_DFL)\n"
         "job = common.Job(lambda: common.start(['sleep', sys.argv[1]]))\n"
         "with common.signals_raise(): common.run_abreast([[job], [job]], 2)"
     )
