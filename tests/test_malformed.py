@@ -184,7 +184,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
             f"{SEED}/llava-tiny-pretrain/command",
             "1 ranks: scripts/train.py --train_module llava.train.train --learning_rate 0.5\n",
         ),
-        ("scripts/train.sh", "llava-tiny", "pretrain"), "learning_rate was 0.5, is 0.002"
+        ("scripts/train.sh", "llava-tiny", "pretrain"), "learning_rate was 0.5, is 0.005"
     ),
     "train: a lock that is a link": (
         lambda folder: [
