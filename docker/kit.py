@@ -13,7 +13,6 @@ The variables of docker/variables.toml go along, and so does what they name; --e
 
 import argparse
 import csv
-import hashlib
 import io
 import os
 import re
@@ -30,9 +29,9 @@ import tomllib
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount, Ulimit
 
+from scripts.common import ROOT, sha256
 from scripts.outside import scrub
 
-ROOT = Path(__file__).parents[1]
 NEED_GB = {"cpu": 20, "cuda": 60}  # to build; cpu makes an image of 9.8 GB, cuda's is not known yet
 
 
@@ -58,7 +57,7 @@ def labels() -> dict[str, str]:
     upstreams = tomllib.loads((ROOT / "patches/upstreams.toml").read_text())
     pins = {f"vista.upstream.{name}": scrub(f"{pin['url']}@{pin['commit']}") for name, pin in upstreams.items()}
     for lock in (ROOT / "docker/locks").glob("*.txt"):
-        pins[f"vista.lock.{lock.stem}"] = f"sha256:{hashlib.sha256(lock.read_bytes()).hexdigest()}"
+        pins[f"vista.lock.{lock.stem}"] = f"sha256:{sha256(lock)}"
         for name, version in re.findall(r"(?m)^(torch|transformers|deepspeed|lmms-eval)==([^ ]+)", lock.read_text()):
             pins[f"vista.lock.{lock.stem}.{name}"] = version
     return pins

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import tomllib
 
+from scripts.common import sha256
+
 INSTALLED = """
 import importlib.metadata, json
 print(json.dumps({d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}))
@@ -93,7 +95,7 @@ def others(tree: Path, patched: set[str]) -> str:
         if path.is_symlink():
             lines.append(f"{hashlib.sha256(str(path.readlink()).encode()).hexdigest()} -> {name}\n")
         elif path.is_file():
-            lines.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n")
+            lines.append(f"{sha256(path)}  {name}\n")
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
 
 
@@ -101,7 +103,7 @@ def upstream(tree: Path, pin: dict) -> list[str]:
     """What differs between an upstream and patches/upstreams.toml, a line each."""
     lines = []
     for path, file in pin["files"].items():
-        if not (tree / path).is_file() or hashlib.sha256((tree / path).read_bytes()).hexdigest() != file["patched"]:
+        if not (tree / path).is_file() or sha256(tree / path) != file["patched"]:
             lines.append(f"{tree / path} is not the patched file that patches/upstreams.toml pins")
     source = tree.with_name(tree.name + ".source")
     package = pin.get("package", {})

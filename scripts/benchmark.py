@@ -14,13 +14,11 @@ import argparse
 import datetime
 import gc
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from itertools import accumulate, product
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,9 +29,9 @@ REUSE = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(4
 if not REUSE.items() <= os.environ.items():
     os.execve(sys.executable, [sys.executable, "-m", "scripts.benchmark", *sys.argv[1:]], os.environ | REUSE)
 
+from scripts.common import ROOT, cpu_name, write_whole  # noqa: E402
 from vista_patch import vista_loss  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
 PAGE, HAND = ROOT / "docs/performance.md", "<!-- Above: scripts/benchmark.py --write. Below: by hand. -->\n"
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -268,11 +266,6 @@ def whole_steps():
     return table(head, rows), overheads
 
 
-def cpu():
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def page():
     start = datetime.datetime.now()
     moved = bandwidth()
@@ -292,7 +285,9 @@ def page():
     ]
     met = [worst["limit"] <= 2, least >= 10, max(overheads.values()) <= (0.1 if CUDA else 1), worst["extra"] <= 50]
     goals = [[*g, "met" if ok else "not met"] for g, ok in zip(goals, [*met, not worst["syncs"], True], strict=True)]
-    device = torch.cuda.get_device_name() if CUDA else f"{cpu()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    device = (
+        torch.cuda.get_device_name() if CUDA else f"{cpu_name()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    )
     command = f"{'' if CUDA else 'taskset -c 1 '}.venv/bin/python -m scripts.benchmark --write"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     minutes = (datetime.datetime.now() - start).seconds / 60
@@ -342,5 +337,4 @@ if __name__ == "__main__":
     if arguments.write:
         hand = PAGE.read_text().partition(HAND)[2] if PAGE.exists() else ""
         PAGE.parent.mkdir(exist_ok=True)
-        PAGE.with_suffix(".partial").write_text(text + HAND + hand)
-        os.replace(PAGE.with_suffix(".partial"), PAGE)
+        write_whole(PAGE, text + HAND + hand)

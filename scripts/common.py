@@ -63,9 +63,14 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file (text as UTF-8) such that it is there whole or as it was before."""
+    """Writes a file such that it is there whole or as it was before. What a link of that name leads to stays as it is.
+
+    Text is written as UTF-8; names of files that are not UTF-8 keep their bytes (surrogateescape).
+    """
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode())
+    partial.unlink(missing_ok=True)
+    with open(partial, "xb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode(errors="surrogateescape"))
     os.replace(partial, path)
 
 
@@ -99,13 +104,30 @@ class Busy(Exception):
     """Another process holds the lock."""
 
 
-def lock(path: Path, say: Callable[[str], None]) -> int:
+def lock(path: Path, say: Callable[[str], None], waits: Callable[[], None] | None = None) -> int:
     """Takes the lock on `path`; it is held until this process, and every child that was given the descriptor, ends.
+
+    Where the lock is taken it raises Busy, or with `waits` it calls that once and then waits until the lock is free.
 
     The file is made where it is missing, and never emptied; a link is not followed. On a file system without locks
     (Lustre, CIFS, some NFS) an abstract socket of the same name keeps this machine's processes apart, and `say` is
-    told. Returns the descriptor. Raises Busy where the lock is taken, OSError where the file cannot be opened.
+    told. Returns the descriptor. Raises OSError where the file cannot be opened.
     """
+    told = False
+    while True:
+        try:
+            return try_lock(path, say)
+        except Busy:
+            if not waits:
+                raise
+            if not told:
+                waits()
+            told = True
+            time.sleep(1)
+
+
+def try_lock(path: Path, say: Callable[[str], None]) -> int:
+    """`lock`, without waiting."""
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -128,7 +150,8 @@ def lock(path: Path, say: Callable[[str], None]) -> int:
         raise
     say(
         f"the file system of {path.parent} has no locks ({reason}). Runs on this machine are kept apart without them: "
-        "start no other on another machine, or let results/ be a link to a folder on a file system with locks"
+        f"start no other on another machine or in another container, or have {path.parent} on a file system with locks "
+        "(Lustre: option flock)"
     )
     return held.detach()
 

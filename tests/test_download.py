@@ -437,14 +437,26 @@ def test_locks_and_lists_change_nothing_that_a_link_of_their_name_leads_to(world
     assert code == 2 and "holds what others put there" in said and not (world.folder / "download").exists()
 
 
-def test_a_file_system_without_locks_is_named(world, tmp_path):
-    """As Lustre without its option flock, and some CIFS."""
+def test_on_a_file_system_without_locks_the_second_download_still_waits(world, tmp_path):
+    """As on Lustre without its option flock, and some CIFS: what is not kept apart, other machines, is named."""
     shim = tmp_path / "no_locks.c"
     shim.write_text("#include <errno.h>\nint flock(int file, int how) { errno = ENOSYS; return -1; }\n")
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", tmp_path / "no_locks.so", shim], check=True)
-    code, said = world.run(LD_PRELOAD=str(tmp_path / "no_locks.so"))
-    assert code == 2 and "this file system has no locks (Function not implemented)" in said and "mount it" in said
-    assert "another process" not in said and not world.server.log
+    hold = threading.Event()
+    world.server.fault = once(
+        ("/train2017.zip", lambda handler, path: handler.answer(path, world.coco, stop=2 << 20, hold=hold))
+    )
+    first = world.start(LD_PRELOAD=str(tmp_path / "no_locks.so"))
+    warning = first.stderr.readline()
+    assert "the file system of data has no locks (Function not implemented)" in warning
+    assert "start no other on another machine" in warning and "have data on a file system with locks" in warning
+    second = world.start(LD_PRELOAD=str(tmp_path / "no_locks.so"))
+    assert "another process is at work in data/: waiting for it" in second.stderr.readline()
+    hold.set()
+    (_, first_said), (_, second_said) = first.communicate(timeout=60), second.communicate(timeout=60)
+    assert first.returncode == 0, first_said
+    assert second.returncode == 0 and "data: 0 to download" in second_said, second_said
+    assert world.run("--verify")[0] == 0
 
 
 def test_a_broken_first_archive_is_not_what_later_ones_must_equal(world):

@@ -1,6 +1,5 @@
 """Files of the data, and what is said of them."""
 
-import hashlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from scripts.common import sha256
 from scripts.outside import scrub
 
 DATA = Path("data")
@@ -31,20 +31,6 @@ def files(path: Path) -> list[str]:
 
 def hash_all(path: Path) -> dict[str, str]:
     """{file: sha256}"""
-
-    def sha256(file: str) -> str:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-
     found = sorted(files(path))
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(found, pool.map(sha256, found), strict=True))
-
-
-def write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; what a link of that name leads to stays as it is."""
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    with open(partial, "x", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-    os.replace(partial, path)

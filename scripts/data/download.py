@@ -15,7 +15,6 @@ HF_HUB_ENABLE_HF_TRANSFER=1 is for lines above 1 Gb/s: a file of the hub that is
 import argparse
 import contextlib
 import errno
-import fcntl
 import io
 import json
 import os
@@ -37,8 +36,9 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from scripts import config
+from scripts.common import lock, write_whole
 from scripts.data import rows, weights
-from scripts.data.disk import DATA, DataError, files, hash_all, say, write
+from scripts.data.disk import DATA, DataError, files, hash_all, say
 from scripts.outside import checked_name, matches, scrub
 
 LOCK = DATA / "sources.lock.json"
@@ -141,7 +141,7 @@ def take(source: Source) -> None:
 def record(source: Source, sums: dict[str, str]) -> None:
     """Notes that a source is whole: the last step."""
     source.sums.parent.mkdir(parents=True, exist_ok=True)
-    write(source.sums, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
+    write_whole(source.sums, "".join(f"{digest}  {file}\n" for file, digest in sorted(sums.items())))
 
 
 def misnamed(source: Source, found: list[str]) -> list[str]:
@@ -175,7 +175,7 @@ def mend(source: Source, path: Path) -> None:
         if wrong:
             say(f"{source.name}: {len(wrong)} {old} files are now called {new}, as the JSON calls them")
     if (settings := generation_config(source, path)) is not None:
-        write(path / "generation_config.json", json.dumps(settings, indent=2))
+        write_whole(path / "generation_config.json", json.dumps(settings, indent=2))
         say(f"{source.name}: generation_config.json now has {source.generation_config}; {CATALOG.name} says why")
     if path.is_dir() and not source.unpack and (pickles := weights.convert(path)):
         for pickled in [*pickles, *path.glob("*.bin.index.json")]:
@@ -240,26 +240,17 @@ def bring(sources: list[Source], offline: bool) -> list[str]:
 
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Waits until no other process has this lock, and has it. What a link of that name leads to is not touched."""
+    """Waits until no other process has this lock, and has it."""
     try:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        held = lock(path, say, lambda: say("another process is at work in data/: waiting for it"))
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise DataError(f"{path} is a link, which no lock is: remove it") from None
         raise
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        say("another process is at work in data/: waiting for it")
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        why = f"this file system has no locks ({error.strerror}), without which two downloads could spoil each other"
-        mend = "make data/ a link to a folder on a disk of this machine, or mount it with locks (Lustre: flock)"
-        raise DataError(f"{path}: {why}: {mend}") from None
-    try:
         yield
     finally:
-        os.close(file)
+        os.close(held)
 
 
 def read_locks() -> dict[str, dict]:
@@ -443,7 +434,7 @@ def pin(source: Source, locks: dict, found: dict[str, str], url: str) -> None:
         more = f", and {len(rest) - 1} more files" if name in rest and len(rest) > 1 else ""
         say(f"{source.name}: trusted at first use: {name} has sha256 {found[name]}{more}")
     locks[source.name] = entry
-    write(LOCK, json.dumps(locks, indent=1, sort_keys=True))
+    write_whole(LOCK, json.dumps(locks, indent=1, sort_keys=True))
 
 
 class Bounded(io.BufferedWriter):

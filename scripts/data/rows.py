@@ -18,7 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from scripts.data.disk import DATA, DataError, files, say, write
+from scripts.common import write_whole
+from scripts.data.disk import DATA, DataError, files, say
 from scripts.outside import checked_name
 
 NAMED = 10  # problems that are printed; a file lists all
@@ -180,7 +181,7 @@ def missing(stage: Stage, asked: dict[str, int], there: set[str]) -> list[str]:
         listed.unlink(missing_ok=True)
         return []
     DATA.mkdir(exist_ok=True)
-    write(listed, "".join(f"{name}\n" for name in lost))
+    write_whole(listed, "".join(f"{name}\n" for name in lost))
     what = f"{len(lost)} of {len(asked)} images are not in {stage.pictures}"
     return [f"{stage.data}: {what}: {', '.join(lost[:3])} ... ({listed} has them all)"]
 
@@ -192,7 +193,7 @@ def tell(path: Path, kind: str, lines: list[str], what: str) -> list[str]:
         return []
     DATA.mkdir(exist_ok=True)
     listed = DATA / f"{path.stem}.{kind}.txt"
-    write(listed, "".join(f"{line}\n" for line in lines))
+    write_whole(listed, "".join(f"{line}\n" for line in lines))
     return [f"{path}: {len(lines)} rows {what} ({listed} has them all)", *(f"{path}: {line}" for line in lines[:NAMED])]
 
 

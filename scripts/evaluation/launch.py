@@ -26,7 +26,6 @@ from scripts import common, config
 from scripts.common import (
     ROOT,
     Arguments,
-    Busy,
     Job,
     count_gpus,
     fail,
@@ -228,18 +227,14 @@ def make_work(work: Path, data: Path, tasks: Sequence[str], environment: Path) -
 
 def wait_for_lock(out: Path) -> None:
     """Holds OUT's lock until this process ends."""
-    told = False
-    while True:
-        try:
-            lock(out / ".lock", lambda problem: print(f"eval: {problem}", file=sys.stderr))
-            return
-        except Busy:
-            if not told:
-                print(f"eval: waiting for another evaluation that is at work in {out}", flush=True)
-            told = True
-            time.sleep(1)
-        except OSError as error:
-            fail("eval", f"{out}/.lock cannot be opened: {error.strerror}. Remove it if it is a link")
+
+    def waits() -> None:
+        print(f"eval: waiting for another evaluation that is at work in {out}", flush=True)
+
+    try:
+        lock(out / ".lock", lambda problem: print(f"eval: {problem}", file=sys.stderr), waits)
+    except OSError as error:
+        fail("eval", f"{out}/.lock cannot be opened: {error.strerror}. Remove it if it is a link")
 
 
 def main(argv: list[str]) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from scripts import config
+from scripts.common import write_whole
 from scripts.evaluation import results
 from scripts.reporting.instrument import fact_kl, measured
 
@@ -141,9 +142,7 @@ class Lanes:
                 raise subprocess.CalledProcessError(code, f"{' '.join(command)} ({log} says why)")
         path = result_file(name, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(collect(name, seed), allow_nan=False) + "\n")
-        os.replace(partial, path)
+        write_whole(path, json.dumps(collect(name, seed), allow_nan=False) + "\n")
         print(f"study: {path} is written: commit it", flush=True)
 
 

@@ -27,7 +27,6 @@ Everything follows from SEED: two runs write the same bytes.
 """
 
 import argparse
-import hashlib
 import io
 import json
 import os
@@ -38,6 +37,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from scripts.common import sha256
 
 SEED = 0
 SHAPES = ["circle", "rectangle", "triangle"]
@@ -354,10 +355,6 @@ def write_parquet(path, name, rows):
         columns["facts" if name == "describe" else "mask"] = [row[5] for row in rows]
         info = None
     pyarrow.parquet.write_table(pyarrow.table(columns).replace_schema_metadata(info), path)
-
-
-def sha256(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def files(folder):

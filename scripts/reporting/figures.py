@@ -6,7 +6,6 @@ python -m scripts.reporting.figures OUT.png NAME=PROBE.npz...        the maps al
 import argparse
 import io
 import itertools
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from scripts.common import write_whole
 from scripts.reporting.markup import plain
 from scripts.reporting.runs import Run
 
@@ -56,9 +56,9 @@ def draw(run: Run, report: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: png(figure) for name, figure in figures.items()}
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: Figure, dpi: float | None = None) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", dpi=dpi)
     plt.close(figure)
     return buffer.getvalue()
 
@@ -246,13 +246,11 @@ def maps(probes: Mapping[str, Any]) -> Figure:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", metavar="OUT.png")
+    parser.add_argument("out", metavar="OUT.png", type=Path)
     parser.add_argument("probes", nargs="+", metavar="NAME=PROBE.npz")
     args = parser.parse_args()
     probes = {name: np.load(path) for name, path in (probe.rsplit("=", 1) for probe in args.probes)}
-    partial = Path(f"{args.out}.partial")
-    maps(probes).savefig(partial, format="png", dpi=320)
-    os.replace(partial, args.out)
+    write_whole(args.out, png(maps(probes), dpi=320))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import importlib.metadata
 import json
-import os
 import platform
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
+from scripts.common import write_whole
 from scripts.evaluation.results import ODD, ResultError
 from scripts.reporting import calibration, comparison, figures, paper, tables, verdicts
 from scripts.reporting.calibration import FLIPS, Calibration
@@ -83,9 +83,10 @@ def write(folder: Path) -> list[str]:
         check_inside((folder / path).parent, folder)
     for path, png in drawn.items():
         if path not in found:
-            save(folder / path, png)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / path, png)
     for name, content in {"report.json": numbers, "report.md": text, "report.html": html}.items():
-        save(folder / name, content.encode("utf-8", "backslashreplace"))
+        write_whole(folder / name, content.encode("utf-8", "backslashreplace"))
     said = [line for group in groups.values() for line in group["verdicts"]]
     said += [c.sentence() for c in calibrations]
     return [plain(line) for line in (*said, *(f"missing: {line}" for line in missing), str(folder / "report.html"))]
@@ -143,15 +144,6 @@ def load_maps(folder: Path) -> dict[str, bytes]:
 def check_inside(path: Path, folder: Path) -> None:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ResultError(path, f"leads out of {folder}", "Put a copy there, or remove the link.")
-
-
-def save(path: Path, content: bytes) -> None:
-    """A file that is whole or as it was. What a link at its place names is not written to."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def prose(
