@@ -294,6 +294,45 @@ def test_a_result_that_is_not_whole_is_one_clear_answer(tmp_path, damage, patter
         read(folder, "digits")
 
 
+def other_metric(folder, **scores):
+    """Gives a task's results these metrics in the place of exact_match."""
+    for path in folder.glob("*/*"):
+        path.write_text(path.read_text().replace('"exact_match"', '"anls"'))
+    (path,) = folder.glob("*/*_results.json")
+    whole = json.loads(path.read_text())
+    whole["results"][folder.name] = {"alias": folder.name} | {f"{key},none": value for key, value in scores.items()}
+    path.write_text(json.dumps(whole))
+
+
+def test_a_users_own_task_may_have_other_metrics(run):
+    """It is whole, and the report says that it does not show it. The miniature's tasks must have exact_match."""
+    folder = run / "seed0/eval/llava-tiny-vista/my_task"
+    write_task(folder, np.arange(N) % 2 == 0)
+    assert read(folder, "my_task").results["my_task"].score == 50
+    other_metric(folder, anls=0.5, anls_stderr="N/A", f1=12, submission=None)
+    assert read(folder, "my_task").results == {}
+    report.main([str(run)])
+    missing = json.loads((run / "report.json").read_text())["missing"]
+    assert "llava-tiny-vista, seed0: my_task lacks exact_match, all that is shown of a task" in missing
+    assert "my_task lacks exact_match" in (run / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "scores, message",
+    [
+        ({"anls": 0.5, "f1": math.nan}, "f1,none is nan"),
+        ({"anls": math.inf}, "anls,none is inf"),
+        ({"submission": None, "anls_stderr": 0.1}, "no metric is a number"),
+        ({}, "no metric is a number"),
+    ],
+)
+def test_a_users_own_task_without_a_finite_metric_is_not_whole(tmp_path, scores, message):
+    write_task(tmp_path / "my_task", np.arange(N) % 2 == 0)
+    other_metric(tmp_path / "my_task", **scores)
+    with pytest.raises(ResultError, match=message):
+        read(tmp_path / "my_task", "my_task")
+
+
 def make_checkpoint(folder, weights=b"weights"):
     (folder / "checkpoint-50").mkdir(parents=True)
     for name, content in {"model.safetensors": weights, "config.json": b"{}", "tokenizer.model": b"words"}.items():

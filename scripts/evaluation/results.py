@@ -22,6 +22,9 @@ import numpy as np
 import tomllib
 from numpy.typing import NDArray
 
+from scripts.common import sha256
+
+MINIATURE = Path(__file__).parents[1] / "miniature/tasks"
 ROUNDING = 6e-4  # in the paper's units: MMMU and MMT-Bench round to 5 digits
 ODD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)  # of a broken file
 # Of a checkpoint's folder: what its model is loaded from, and what training writes beside it.
@@ -71,7 +74,7 @@ class Evaluation:
     task: str
     version: str | float
     checkpoint: str | None  # its `identity`; None: nobody recorded it
-    results: dict[str, Result]  # by the column's name
+    results: dict[str, Result]  # by the column's name; of a user's own task without exact_match: empty
     asked: dict[Hashable, tuple[str, str]]  # {unit: (question, answer)}, of tasks that the paper lacks
 
 
@@ -97,8 +100,7 @@ def identity(checkpoint: Path) -> str:
         if skipped or path.suffix not in LOADED or path.name in WRITTEN or not path.is_file():
             continue
         weights = weights or path.suffix in (".bin", ".safetensors")
-        with path.open("rb") as file:
-            total.update(f"{name.as_posix()!a} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        total.update(f"{name.as_posix()!a} {sha256(path)}\n".encode())
     if not weights:
         raise ResultError(checkpoint, "holds no weights", "Train this experiment first.")
     return total.hexdigest()
@@ -113,7 +115,10 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
     """A task's whole evaluation. checkpoint: the identity that it must be of; None: of any.
 
     lmms-eval exits 0 even when a run fails, so its files decide. Raises ResultError where they are missing, cut off or
-    of another checkpoint, where a column is no finite number, and where the score is not what the samples give."""
+    of another checkpoint, where a column is no finite number, and where the score is not what the samples give.
+
+    A user's own task may have other metrics than exact_match. Then these must be finite, and there is no column.
+    """
     files = sorted(folder.glob("*/[0-9]*_results.json"))
     if len(files) != 1:
         raise ResultError(folder, f"has {len(files)} results files instead of one")
@@ -141,6 +146,9 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
         if not n or not len(units) == len(set(units)) == n:
             raise ResultError(files[0], f"says n = {n}, its samples: {len(units)} rows, {len(set(units))} questions")
         values = stock["results"][task]
+        if is_users(task) and columns[0].key not in values:
+            check_finite(values)
+            columns = []
         results = {column.name: result(column, values[column.key], logged[column.name]) for column in columns}
     except UnreadableScore as error:
         raise ResultError(files[0], str(error)) from None
@@ -148,6 +156,26 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
         problem = f"not a whole lmms-eval result of {task} ({type(error).__name__}: {error})"
         raise ResultError(files[0], problem) from None
     return Evaluation(task, version if isinstance(version, int | float) else str(version), recorded, results, asked)
+
+
+def is_users(task: str) -> bool:
+    """Whether a task is neither one of the paper's nor the miniature's."""
+    return not load_columns({task})[0].table and not (MINIATURE / f"{task}.yaml").exists()
+
+
+def check_finite(values: Mapping[str, Any]) -> None:
+    """values: what results[TASK] is, with keys "METRIC,FILTER" and "METRIC_stderr,FILTER".
+
+    A metric may be something else than a number, such as null where a submission was written. Raises UnreadableScore
+    where no metric is a number, and where one is not finite.
+    """
+    metrics = {key: value for key, value in values.items() if not key.partition(",")[0].endswith("_stderr")}
+    scores = {key: value for key, value in metrics.items() if "," in key and isinstance(value, int | float)}
+    if not scores:
+        raise UnreadableScore("no metric is a number")
+    for key, value in scores.items():
+        if not math.isfinite(value):
+            raise UnreadableScore(f"{key} is {value}")
 
 
 def read_record(path: Path) -> str | None:
