@@ -169,6 +169,8 @@ def main(argv: list[str]) -> int:
         fail("reproduce", "another run is at work in results/: wait for it, or stop it")
     except OSError as error:
         fail("reproduce", f"results/.lock cannot be opened: {error.strerror}. Remove it if it is a link")
+    # On a bare clone this is the system's Python, and pyenv puts its own before all others.
+    os.environ["PATH"] = f"{ROOT}/.venv/bin:{os.environ.get('PATH', os.defpath)}"
     with signals_raise():
         return run(plan)
 

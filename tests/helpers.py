@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from scripts.training import launch
+
 ROOT = Path(__file__).parent.parent
 UPSTREAM = ROOT / "upstream" / "llava"
 
@@ -102,14 +104,22 @@ def run_stock(
     }  # fmt: skip
     # The exact pins' deepspeed wants Intel's extension of torch for DS_ACCELERATOR=cpu.
     inherited = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR" or python == sys.executable}
+    extensions = Path(python).parents[1] / "torch_extensions"  # as train.sh has it
+    environment["TORCH_EXTENSIONS_DIR"] = str(extensions)
     if launcher:
         environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
     # With two ranks on a CPU, deepspeed 0.14.5 sometimes starts from garbage (a NaN loss) or dies at its end.
     for _ in range(3 if launcher else 1):
-        done = subprocess.run(command, cwd=ROOT, env=inherited | environment, capture_output=True, text=True)
-        if done.returncode == 0:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started, out = subprocess.Popen(command, cwd=ROOT, env=inherited | environment, **pipes), None
+        while out is None:
+            try:
+                out, err = started.communicate(timeout=5)
+            except subprocess.TimeoutExpired:
+                launch.remove_stale_locks(extensions)  # a compiler that was killed with an earlier run of the tests
+        if started.returncode == 0:
             break
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert started.returncode == 0, out[-2000:] + err[-4000:]
     state = json.loads((Path(flags["output_dir"]) / "trainer_state.json").read_text())
     return [row for row in state["log_history"] if "loss" in row]
 

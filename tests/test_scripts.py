@@ -136,6 +136,26 @@ def test_without_tinyllavas_source_the_rest_goes_on(reproduce, tmp_path):
     assert reproduce("--backbone", "tinyllava").wait() == 1
 
 
+def test_a_bare_clone_goes_on_with_the_python_that_it_has_made(reproduce, tmp_path):
+    """Also where `python3` is pyenv's, which puts its own folder before all others on the PATH."""
+    (tmp_path / ".venv").unlink()
+    for folder, text in (
+        ("shims", f'PATH={tmp_path}/system:$PATH exec python3 "$@"'),
+        (
+            "system",
+            f'case $2 in *.report) echo "the system Python" >&2; exit 9; esac\nexec {ROOT}/.venv/bin/python "$@"',
+        ),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "python3").write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / folder / "python3").chmod(0o755)
+    with open(tmp_path / "scripts/setup/env.sh", "a") as script:
+        script.write(f"ln -sfn {ROOT}/.venv .venv\n")
+    running = reproduce(PATH=f"{tmp_path}/shims:/usr/bin:/bin")
+    _, err = running.communicate()
+    assert running.returncode == 0, err
+
+
 def test_a_name_decides_nothing_but_the_folder(reproduce, tmp_path):
     """Neither a step that has "none" in it is skipped, nor is "my" a backbone."""
     for name, base in (("llava-none", "llava-tiny"), ("my-l2", "tinyllava-tiny-vista")):
