@@ -241,3 +241,11 @@ def test_an_adapters_folder_says_how_it_was_trained(tmp_path):
     made.save_model(str(tmp_path / "adapter"))
     assert (tmp_path / "adapter/adapter_config.json").exists()
     assert json.loads((tmp_path / "adapter/config.json").read_text())["vista"]["metric"] == "cosine"
+
+
+def test_the_release_is_asked_for_when_a_trainer_is_there(tmp_path, monkeypatch, caplog):
+    """Not when vista_patch is imported: that may be before transformers."""
+    attach = vista_patch.attach  # this imports it
+    monkeypatch.setattr(transformers, "__version__", "4.46.3")
+    attach(trainer(tmp_path, accumulate=4))
+    assert "its gradient is 4 times too large" in caplog.text

@@ -14,8 +14,8 @@ from .model import PARSED, _config, add, configured, find, vista_metrics, whose
 from .observe import observe
 
 logger = logging.getLogger(__name__)
-# These two releases divide no gradient by the number of micro-steps, but what they log.
-SUMS = getattr(sys.modules.get("transformers"), "__version__", "").startswith(("4.46.", "4.47."))
+# These releases of transformers divide no gradient by the number of micro-steps, but what they log.
+SUMS = ("4.46.", "4.47.")
 
 
 def vista_arguments(arguments: type) -> type:
@@ -77,6 +77,7 @@ class Attachment:
 
     def __init__(self, trainer: Any, config: VistaConfig):
         self.trainer, self.config, self.halved = trainer, config, 0.0
+        self.sums = getattr(sys.modules.get("transformers"), "__version__", "").startswith(SUMS)
         self.model: Any = find(trainer.model) if config.active else trainer.model
         self.before = vars(self.model.config).get("vista") if hasattr(self.model, "config") else None
         settings: Any = self.model.config
@@ -113,7 +114,7 @@ class Attachment:
         if getattr(trainer, "loss_is_scaled_for_ga", None) is not None:
             return bool(trainer.loss_is_scaled_for_ga)
         given = items is not None and getattr(trainer, "model_accepts_loss_kwargs", False)
-        return SUMS or given or getattr(trainer, "compute_loss_func", None) is not None
+        return self.sums or given or getattr(trainer, "compute_loss_func", None) is not None
 
     def adds_up(self) -> bool:
         """Whether the trainer's own loss is then a mean over a micro-step, so that more micro-steps make it larger."""
@@ -136,7 +137,7 @@ class Attachment:
         if self.undivided(items):
             steps = self.trainer.args.gradient_accumulation_steps
             share = 1.0 / getattr(self.trainer, "current_gradient_accumulation_steps", steps)
-        self.halved = share if SUMS and items is None and share < 1 else 0.0
+        self.halved = share if self.sums and items is None and share < 1 else 0.0
         if isinstance(result, tuple):
             return (add(step, result[0], share, self.halved > 0), *result[1:])
         return add(step, result, share, self.halved > 0)
