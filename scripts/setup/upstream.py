@@ -35,7 +35,8 @@ def from_git(pin: dict[str, Any], tree: Path) -> bool:
     git = ("git", "-C", tree)
     return (
         ran("git", "clone", "--quiet", "--filter=blob:none", "--no-checkout", pin["url"], tree)
-        and ran(*git, "sparse-checkout", "set", *pin["sparse"])
+        # Before 2.37 git takes these for patterns, and leaves out the files beside the folders.
+        and ran(*git, "-c", "core.sparseCheckoutCone=true", "sparse-checkout", "set", *pin["sparse"])
         and ran(*git, "checkout", "--quiet", pin["commit"])
     )
 

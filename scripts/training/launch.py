@@ -270,7 +270,8 @@ def check_machine(stage: Stage) -> int:
 def variables(stage: Stage, gpus: int) -> dict[str, str]:
     """The ranks' environment."""
     given = dict(os.environ)
-    given["PATH"] = f"{ROOT / stage.environment}/bin:{given.get('PATH', os.defpath)}"
+    # Not by a link: deepspeed's extensions are compiled anew where the environment's path has changed.
+    given["PATH"] = f"{(ROOT / stage.environment).resolve()}/bin:{given.get('PATH', os.defpath)}"
     given["PYTHONPATH"] = f"upstream/{stage.backbone}:."
     given["HF_HUB_OFFLINE"] = "1"
     given["PYTHONUTF8"] = "1"
