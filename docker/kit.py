@@ -29,8 +29,10 @@ import tomllib
 from docker.errors import APIError, DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount, Ulimit
 
-from scripts.common import ROOT, sha256
+from scripts.common import sha256
 from scripts.outside import scrub
+
+ROOT = Path(__file__).parents[1]  # of this file, whatever kit the environment's path names
 
 NEED_GB = {"cpu": 20, "cuda": 60}  # to build; cpu makes an image of 9.8 GB, cuda's is not known yet
 
