@@ -61,6 +61,28 @@ def image(engine):
     return out
 
 
+def test_target_cuda_is_built_on_the_stand_in_base(engine, tmp_path):
+    """All of it but the CUDA base and flash-attn, whose wheel is an empty one here: both backbones' pins, verified.
+
+    The first test: it asks for the most free disk."""
+    with zipfile.ZipFile(tmp_path / "flash_attn-2.5.8-py3-none-any.whl", "w") as wheel:
+        info = "flash_attn-2.5.8.dist-info"
+        wheel.writestr("flash_attn/__init__.py", "__version__ = 'a stand-in'\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.8\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        digest = base64.urlsafe_b64encode(hashlib.sha256(wheel.read("flash_attn/__init__.py")).digest()).decode()
+        wheel.writestr(f"{info}/RECORD", f"flash_attn/__init__.py,sha256={digest.rstrip('=')},\n")  # verify compares it
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/flash_attn-2.5.8-py3-none-any.whl"
+        code, out, err = told(sys.executable, "docker/kit.py", *BUILD[:-1], "--build-arg", f"FLASH_ATTN={url}", "cuda")
+        server.shutdown()
+    assert code == 0, out[-3000:] + err
+    code, out, err = told(DOCKER, "run", "--rm", "--read-only", "--network", "host", "vista-kit:cuda", "verify")
+    assert code == 0 and ".venv-llava, .venv-tinyllava, upstream/llava, upstream/tinyllava: no differences" in out, out
+
+
 def test_smoke_killed_in_stage_2_continues_and_is_green(image, tmp_path):
     smoke = run(tmp_path, "smoke")
     running = subprocess.Popen(smoke, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -191,23 +213,3 @@ def test_dry_run_prints_a_docker_line():
     assert code == 0 and out.startswith("docker run --rm --init --read-only") and "--gpus all" in out
     assert "--env MMBENCH_JUDGE" in out and "secret" not in out
     assert out.endswith("vista-kit:cuda reproduce --profile full\n")
-
-
-def test_target_cuda_is_built_on_the_stand_in_base(engine, tmp_path):
-    """All of it but the CUDA base and flash-attn, whose wheel is an empty one here: both backbones' pins, verified."""
-    with zipfile.ZipFile(tmp_path / "flash_attn-2.5.8-py3-none-any.whl", "w") as wheel:
-        info = "flash_attn-2.5.8.dist-info"
-        wheel.writestr("flash_attn/__init__.py", "__version__ = 'a stand-in'\n")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.8\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        digest = base64.urlsafe_b64encode(hashlib.sha256(wheel.read("flash_attn/__init__.py")).digest()).decode()
-        wheel.writestr(f"{info}/RECORD", f"flash_attn/__init__.py,sha256={digest.rstrip('=')},\n")  # verify compares it
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}/flash_attn-2.5.8-py3-none-any.whl"
-        code, out, err = told(sys.executable, "docker/kit.py", *BUILD[:-1], "--build-arg", f"FLASH_ATTN={url}", "cuda")
-        server.shutdown()
-    assert code == 0, out[-3000:] + err
-    code, out, err = told(DOCKER, "run", "--rm", "--read-only", "--network", "host", "vista-kit:cuda", "verify")
-    assert code == 0 and ".venv-llava, .venv-tinyllava, upstream/llava, upstream/tinyllava: no differences" in out, out
