@@ -73,6 +73,8 @@ def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds
         Step.of("", "scripts/setup/doctor.sh", profile, *backbones),
         Step.of("", "scripts/setup/env.sh", "cpu"),
     ]
+    if profile != "tiny":  # a baseline's variants cost the same
+        setup.append(Step.of("", "python3", "-m", "scripts.training.cost", *names, "--runs", len(variants) * seeds))
     lanes = []
     for name, experiment in loaded.items():
         backbone, experiments = experiment["backbone"], [f"{name}{variant}" for variant in variants]
@@ -82,8 +84,6 @@ def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds
         ]
         if experiment["environment"] == ".venv-cpu-tinyllava":  # the full profile's own environments are the image's
             words.append(("scripts/setup/env.sh", "cpu-tinyllava"))
-        if profile == "full":  # its variants cost the same
-            words.append(("python3", "-m", "scripts.training.cost", name))
         words.append(("scripts/data.sh", name))
         words.append(("python3", "-m", "scripts.reporting.manifest", "--seeds", seeds, *experiments))
         setup += [Step.of(backbone, *command) for command in words]

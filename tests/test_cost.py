@@ -1,6 +1,11 @@
-"""scripts/training/cost.py: its shapes against published sizes, its predictions against public runs, its tables."""
+"""scripts/training/cost.py: its shapes against published sizes, its predictions against public runs, its tables;
+what it says of the evaluation and of the smallest effect, against arithmetic of this module's own."""
 
+import re
+
+import numpy as np
 import pytest
+from scipy import stats
 
 from scripts import config
 from scripts.training import cost
@@ -68,7 +73,7 @@ def test_the_tables_say_what_does_not_fit_or_divide(capsys):
     assert "2,181 steps of 256" in out and "5,198 steps of 128" in out
     assert "32 x 8" in out and "does not fit (104 GB)" in out
     assert cost.main(["llava-v1.5-7b-vista", "--gpus", "6"]) == 0
-    assert capsys.readouterr().out.count("128 rows do not divide") == 2
+    assert capsys.readouterr().out.count("128 rows do not divide") == 3
 
 
 @pytest.mark.parametrize(
@@ -85,3 +90,91 @@ def test_a_wrong_call_is_one_error(argv, message, capsys):
     except SystemExit as error:
         assert error.code == 2
     assert message in capsys.readouterr().err
+
+
+# -- the evaluation
+
+
+def test_the_questions_are_the_suites():
+    """Each task of the paper is reckoned, with as many rows as suite.toml says that its columns have."""
+    suite = config.tomllib.loads(cost.SUITE.read_text())["column"]
+    done = cost.Evaluation(config.load("llava-v1.5-7b"))
+    assert done.tasks == config.load("llava-v1.5-7b")["tasks"] and not done.unknown
+    for task in {column["task"] for column in suite} - {"vqav2_test"}:
+        rows = sum(column["n"] for column in suite if column["task"] == task)
+        assert done.rows[task] == (17_990 if task == "seedbench" else rows)  # 3,757 questions are about videos
+    assert sum(done.rows[task] for task in done.tasks) == 301_921
+
+
+def test_a_question_is_reckoned_by_hand():
+    """MMStar of LLaVA-v1.5-7B on an A100: 110 + 576 tokens of prompt, two of answer, in fp16."""
+    tower = 2 * 24 * (4 * 1024**2 + 2 * 1024 * 4096) * 577 / (312e12 * 0.34)
+    assert tower < 24 * 0.036 / 32  # so the CPU, which starts 24 layers, is what the tower waits for
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    prompt = (2 * weights + 2 * 32 * 4096 * 686) * 686 / (312e12 * 0.34)
+    token = 0.036  # reading 13 GB takes 9 ms
+    by_hand = 0.04 + 24 * 0.036 / 32 + prompt + token
+    assert cost.Evaluation(config.load("llava-v1.5-7b")).question("mmstar", cost.A100) == pytest.approx(by_hand)
+
+
+@pytest.mark.parametrize("names, task, minutes, source", cost.PUBLIC_EVALUATION)
+def test_public_evaluations_are_predicted(names, task, minutes, source):
+    done = cost.Evaluation(config.load("llava-v1.5-7b"))
+    assert done.names == names
+    seconds = done.rows[task] * done.question(task, cost.A100)
+    assert 1 / 1.5 < seconds / 60 / minutes < 1.5, f"{seconds / 60:.0f} min against {minutes} ({source})"
+
+
+def test_a_task_that_is_not_known_is_named_and_not_counted():
+    loaded = config.load("llava-v1.5-7b")
+    with_own = {**loaded, "tasks": [*loaded["tasks"], "my_task"]}
+    done = cost.Evaluation(with_own)
+    assert done.unknown == ["my_task"] and done.hours(1) == cost.Evaluation(loaded).hours(1)
+    assert "not reckoned: my_task" in done.table([1], [80])
+
+
+def test_the_totals_are_the_sums(capsys):
+    """Six runs: every stage and every task of both backbones, three times."""
+    assert cost.main(["llava-v1.5-7b", "tinyllava-3b", "--runs", "3", "--gpus", "8", "--gpu-memory", "40"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    training, evaluation, both = (float(x) for x in re.findall(r"([0-9.]+) (?:\+|=|h)", last))
+    ours = [cost.Experiment(name) for name in ("llava-v1.5-7b", "tinyllava-3b")]
+    by_hand = sum(3 * (stage.hours(8) + 60 / 3600) for one in ours for stage in one.trained)
+    assert training == pytest.approx(by_hand, abs=0.06)
+    assert evaluation == pytest.approx(sum(3 * one.evaluated.hours(8) for one in ours), abs=0.06)
+    assert both == pytest.approx(training + evaluation, abs=0.11)
+    assert int(re.search(r"\((\d+)\)", last)[1]) == pytest.approx(8 * both, abs=1)
+
+
+def test_the_disk_holds_what_finished_stages_keep():
+    """Three trainings of the 7B: of each, two checkpoints of either stage and the model; and one checkpoint more."""
+    weights = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    kept = 2 * 4 * weights + 2 * 16 * weights + 2 * weights
+    assert cost.Experiment("llava-v1.5-7b").disk(3) == pytest.approx((3 * kept + 16 * weights) / 1e9)
+
+
+# -- how small an effect can be seen
+
+
+def test_the_power_is_a_paired_t_tests():
+    from scripts.reporting import statistics
+
+    for seeds, effect in cost.POWER.items():
+        assert statistics.detectable(seeds) == pytest.approx(effect, abs=5e-4)
+
+
+def test_the_smallest_effect_is_seen_four_times_in_five():
+    """By drawing: trainings that disagree on a quarter of 900 questions, and a true difference of that size."""
+    rng, n, seeds, runs = np.random.default_rng(0), 900, 5, 4000
+    shift = cost.smallest(seeds, [n])
+    up = (cost.DISAGREE + shift) / 2
+    draws = rng.multinomial(n, [up, cost.DISAGREE - up, 1 - cost.DISAGREE], size=(runs, seeds))
+    differences = (draws[..., 0] - draws[..., 1]) / n
+    seen = (stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05).mean()
+    assert seen == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_mean_of_columns_shows_less_than_each():
+    one = [cost.smallest(3, [n]) for n in (1500, 900)]
+    both = cost.smallest(3, [1500, 900])
+    assert both == pytest.approx(np.hypot(*one) / 2) and both < min(one)
