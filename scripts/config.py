@@ -30,6 +30,9 @@ CONFIGS = Path(__file__).parent / "configs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of an experiment and of a task: a folder's name
 STAGES = ("pretrain", "finetune")
 CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "full"), "unlabelled": ("stop", "skip")}
+VARIABLES = {  # what the environment can say, and the key that it takes the place of
+    "RANKS": "ranks", "PER_DEVICE": "per_device_train_batch_size", "REPORT_TO": "report_to", "RUN_FOLDER": "run",
+}  # fmt: skip
 Config = dict[str, Any]
 
 
@@ -43,20 +46,17 @@ def load(name: str, ranks: int | None = None) -> Config:
     for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", *CHOICES):
         if key not in config:
             raise ConfigError(f"{name} has no key {key!r}: give it a base")
-    tables = {
-        "RANKS": ("ranks", [config]),
-        "PER_DEVICE": ("per_device_train_batch_size", [config["pretrain"], config["finetune"]]),
-        "REPORT_TO": ("report_to", [config["train"]]),
-        "RUN_FOLDER": ("run", [config]),
-    }
     variables = os.environ if ranks is None else {**os.environ, "RANKS": str(ranks)}
-    for variable, (key, where) in tables.items():
-        if given := variables.get(variable):
-            number = isinstance(where[0][key], int)
-            if number and not re.fullmatch(r"[1-9][0-9]{0,8}", given, re.ASCII):
-                raise ConfigError(f"{variable}={given}: give a whole number from 1 on")
-            for table in where:
-                table[key] = int(given) if number else given
+    for variable, key in VARIABLES.items():
+        if not (given := variables.get(variable)):
+            continue
+        for table in (config, config["pretrain"], config["finetune"], config["train"]):
+            if isinstance(table.get(key), int):
+                if not re.fullmatch(r"[1-9][0-9]{0,8}", given, re.ASCII):
+                    raise ConfigError(f"{variable}={given}: give a whole number from 1 on")
+                table[key] = int(given)
+            elif key in table:
+                table[key] = given
     _check(config, name)
     return config
 

@@ -16,6 +16,7 @@ import zipfile
 import pytest
 import tomllib
 
+from scripts import config
 from scripts.evaluation import suite
 from tests.helpers import ROOT, UPSTREAM
 
@@ -42,13 +43,15 @@ def dry(*options, command=("cuda", "reproduce"), **variables):
 
 
 def test_every_variable_that_the_scripts_read_is_in_the_table():
-    found = {}
+    found = dict.fromkeys(config.VARIABLES, ROOT / "scripts/config.py")
     for path in sorted(p for top in ("scripts", "docker", "ci") for p in (ROOT / top).rglob("*")):
         if path.suffix not in (".sh", ".py", ".sbatch") and path.name != "run":
             continue
         text = path.read_text("utf-8")
         if path.suffix == ".py":
-            read = re.findall(r"environ(?:\.get\(|\.pop\(|\.setdefault\(|\[)\s*\"([A-Z][A-Z0-9_]+)\"", text)
+            read = re.findall(r"number\(\"([A-Z_]+)\"", text) + re.findall(
+                r"environ(?:\.get\(|\.pop\(|\.setdefault\(|\[)\s*\"([A-Z][A-Z0-9_]+)\"", text
+            )
             read += re.findall(r"getenv\(\"([A-Z][A-Z0-9_]+)\"", text)
             own = set(re.findall(r"environ\[\"([A-Z0-9_]+)\"\] = ", text))
         else:

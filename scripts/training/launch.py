@@ -47,7 +47,6 @@ USAGE = "scripts/train.sh EXPERIMENT pretrain|finetune [SEED [replay]]"
 # What a machine may differ in. Each step trains on the same rows whatever they are.
 SPREAD = {"ranks", "per_device_train_batch_size", "gradient_accumulation_steps"}
 FREE = {"report_to", "unlabelled"}  # may change at any time: neither moves a step that went well
-VARIABLES = {"ranks": "RANKS", "per_device_train_batch_size": "PER_DEVICE", "report_to": "REPORT_TO"}
 STALE = 300  # seconds; deepspeed's extensions compile in under a minute on a CPU, two on a GPU machine
 
 Settings = dict[str, str]
@@ -219,7 +218,8 @@ def check_settings(stage: Stage) -> str | None:
     bound = [key for key in changed if key not in SPREAD | FREE]
 
     def told(keys: list[str]) -> str:
-        named = (f"{key} ({VARIABLES[key]})" if key in VARIABLES else key for key in keys)
+        by_key = {key: variable for variable, key in config.VARIABLES.items()}
+        named = (f"{key} ({by_key[key]})" if key in by_key else key for key in keys)
         return ", ".join(
             f"{name} was {before.get(key, 'not set')}, is {now.get(key, 'not set')}"
             for name, key in zip(named, keys, strict=True)
