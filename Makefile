@@ -41,7 +41,7 @@ test-families:            ## families of models and trainers, in four releases o
 	    scripts/setup/env.sh families-$$release && .venv-families-$$release/bin/python -m pytest -m families tests/families || exit 1; \
 	done
 
-test-docker: setup        ## the image's cpu target, built and run (as root, on Debian)
+test-docker: setup        ## the image, built and run on an engine of its own (as root, on Debian; 60 GB of disk)
 	.venv/bin/python -m pytest -m docker
 
 image: setup              ## the image's target cuda, with your Docker engine

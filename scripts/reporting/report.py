@@ -189,10 +189,7 @@ def prose(
         "task_versions": ", ".join(
             f"{task} {tables.NONE if version is None else version}" for task, version in versions
         ),
-        "manifests": {
-            name: Markdown(json.dumps(content, indent=1, ensure_ascii=False))
-            for name, content in r["manifests"].items()
-        },
+        "manifests": {name: code(content) for name, content in r["manifests"].items()},
     }
 
 
