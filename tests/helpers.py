@@ -17,6 +17,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -122,6 +123,25 @@ def run_stock(
     assert started.returncode == 0, out[-2000:] + err[-4000:]
     state = json.loads((Path(flags["output_dir"]) / "trainer_state.json").read_text())
     return [row for row in state["log_history"] if "loss" in row]
+
+
+def python_of(name):
+    """The Python of an environment of docker/locks/, which is made where it is missing; skips without a Python 3.10."""
+    made = subprocess.run(["scripts/setup/env.sh", name], cwd=ROOT, capture_output=True, text=True)
+    if "No interpreter found for Python 3.10" in made.stderr:
+        pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
+    assert made.returncode == 0, made.stderr
+    return str(ROOT / f".venv-{name}/bin/python")
+
+
+def patched_tinyllava():
+    """upstream/tinyllava, patched; skips where GitHub is out of reach."""
+    for script in ("upstream", "patch"):
+        done = subprocess.run([f"scripts/setup/{script}.sh", "tinyllava"], cwd=ROOT, capture_output=True, text=True)
+        if (script, done.returncode) == ("upstream", 3):
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+    return ROOT / "upstream/tinyllava"
 
 
 def small_experiment(tree, base, parts, models, stages, train):

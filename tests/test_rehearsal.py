@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from scripts import config
-from tests.helpers import ROOT, packed, serving, sha256, small_kit, write_catalog
+from tests.helpers import ROOT, packed, patched_tinyllava, python_of, serving, sha256, small_kit, write_catalog
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 BOTH = {
@@ -125,10 +125,8 @@ def kit(tmp_path):
 
 
 def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_path):
-    for command in (["scripts/setup/env.sh", "cpu-tinyllava"], ["scripts/setup/upstream.sh", "tinyllava"]):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(done.stderr.strip())
+    python_of("cpu-tinyllava")
+    patched_tinyllava()
     with serving() as server:
         write_catalog(kit, serve(server, tmp_path))
         settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}

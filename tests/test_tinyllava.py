@@ -13,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, run_stock, small_experiment
+from tests.helpers import ROOT, patched_tinyllava, python_of, run_stock, small_experiment
 
 pytestmark = [pytest.mark.pins, pytest.mark.upstream]
 STEPS = 16
@@ -39,21 +39,9 @@ def script(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def environment(name):
-    made = script("scripts/setup/env.sh", name)
-    if "No interpreter found for Python 3.10" in made.stderr:
-        pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
-    assert made.returncode == 0, made.stderr
-    return str(ROOT / f".venv-{name}/bin/python")
-
-
 @pytest.fixture(scope="module")
 def tree():
-    got = script("scripts/setup/upstream.sh", "tinyllava")
-    if got.returncode == 3:
-        pytest.skip(got.stderr.strip())
-    assert got.returncode == 0 and script("scripts/setup/patch.sh", "tinyllava").returncode == 0, got.stderr
-    return ROOT / "upstream/tinyllava"
+    return patched_tinyllava()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +74,7 @@ def train(parts, tree):
         flags = FLAGS | STAGES[stage] | {"output_dir": out, "data_path": parts / f"{stage}.json"}
         flags |= {"model_name_or_path": parts / "phi", "vision_tower": parts / "siglip"}
         flags |= {"image_folder": parts / "images"} | changes
-        return run_stock("tinyllava.train.train", flags, tree, python=environment(environment_name), **RANK)
+        return run_stock("tinyllava.train.train", flags, tree, python=python_of(environment_name), **RANK)
 
     return run
 
@@ -146,7 +134,7 @@ loss = model(ids, images=torch.zeros(1, 3, 64, 64), labels=torch.tensor([[1, -10
 print("vista_patch" in sys.modules, model.config.vista["metric"], loss.item())
 """
     variables = os.environ | {"PYTHONPATH": str(stock_tree)}
-    command = [environment("cpu-tinyllava"), "-c", code]
+    command = [python_of("cpu-tinyllava"), "-c", code]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=out)
     assert done.stdout.split()[-3:-1] == ["False", "l2"], done.stderr[-2000:]
     assert np.isfinite(float(done.stdout.split()[-1])) and "newly initialized" not in done.stderr
@@ -177,7 +165,7 @@ def test_the_exact_upstream_pins_give_the_same_losses(train, pretrained, finetun
 
 def test_both_stages_stopped_by_a_signal_and_continued_end_as_if_they_had_not_been(kit, parts, tree, tmp_path):
     """Under deepspeed, ZeRO-2 and ZeRO-3, by train.sh."""
-    environment("cpu-tinyllava")
+    python_of("cpu-tinyllava")
     (tmp_path / ".venv-cpu-tinyllava").symlink_to(ROOT / ".venv-cpu-tinyllava")
     small_experiment(tmp_path, "tinyllava-tiny-vista", parts, ("phi", "siglip"), STAGES, {"model_max_length": 160})
 

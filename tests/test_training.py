@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.helpers import ROOT, UPSTREAM, run_stock
+from tests.helpers import ROOT, UPSTREAM, python_of, run_stock
 
 GOLDEN = Path(__file__).parent / "golden.json"
 STEPS = 32
@@ -231,11 +231,7 @@ def test_two_ranks_under_deepspeed_log_the_mean_over_ranks(workshop, runs, tmp_p
 @pytest.mark.pins
 def test_the_exact_upstream_pins_give_the_same_losses(workshop, runs, tmp_path):
     """torch 2.1.2 and deepspeed 0.12.6 as LLaVA pins them, against the CPU environment, both stages in fp32."""
-    made = subprocess.run(["scripts/setup/env.sh", "llava"], cwd=ROOT, capture_output=True, text=True)
-    if "No interpreter found for Python 3.10" in made.stderr:
-        pytest.skip("no Python 3.10 on this machine, and none could be downloaded")
-    assert made.returncode == 0, made.stderr
-    python = str(ROOT / ".venv-llava/bin/python")
+    python = python_of("llava")
     ours = runs("l2")[1]
     logs = {"pretrain": train(workshop, tmp_path / "pretrain", "pretrain", python=python, vista="l2")}
     projector = {"pretrain_mm_mlp_adapter": tmp_path / "pretrain/mm_projector.bin"}
