@@ -175,21 +175,24 @@ def test_dropped_tokens_and_a_second_run_are_refused(make_model):
     decoder.forward = lambda inputs_embeds, attention_mask, position_ids, **given: whole(
         inputs_embeds=inputs_embeds[:, 1:], attention_mask=attention_mask[:, 1:], **given
     )
-    with pytest.raises(RuntimeError, match="packed or dropped"):
+    with pytest.raises(
+        RuntimeError, match=r"VISTA: LlavaLlamaForCausalLM: its decoder, LlavaLlamaModel, got .*packed or dropped"
+    ):
         model(**batch())
     decoder.forward = whole
     lm_head = model.lm_head.forward
     model.lm_head.forward = lambda h: lm_head(h + 0 * decoder(inputs_embeds=h)[0])
-    with pytest.raises(RuntimeError, match="ran more than once"):
+    with pytest.raises(RuntimeError, match="VISTA: LlavaLlamaForCausalLM: its decoder ran more than once"):
         model(**batch())
     with torch.no_grad():
         del model.lm_head.forward
         assert torch.isfinite(model(**batch()).loss)
 
 
-def test_flags_that_a_script_parsed_but_never_set_up_are_not_ignored(make_model):
+def test_flags_that_a_script_parsed_but_never_set_up_are_not_ignored(make_model, tmp_path):
     from dataclasses import dataclass, field
-    from types import SimpleNamespace
+
+    from transformers import Trainer, TrainingArguments
 
     @vista_patch.vista_arguments
     @dataclass
@@ -203,5 +206,6 @@ def test_flags_that_a_script_parsed_but_never_set_up_are_not_ignored(make_model)
     assert arguments.seen
     with pytest.raises(RuntimeError, match="parsed --vista l2 but sets nothing up"):
         model(**batch())
-    vista_patch.vista_setup(SimpleNamespace(model=model, log=print), arguments)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    vista_patch.vista_setup(Trainer(model=model, args=args), arguments)
     assert not torch.equal(model(**batch()).loss, stock(model, **batch()).loss)

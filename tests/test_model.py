@@ -187,7 +187,7 @@ def test_non_finite_values_raise_naming_term_and_step(make_model, where, terms):
 def test_spliced_embeddings_from_outside_are_refused(make_model):
     model, inputs = make_model({"metric": "l2"}), batch()
     embeds = torch.randn(6, 15, 32)
-    with pytest.raises(RuntimeError, match="pass input_ids"):
+    with pytest.raises(RuntimeError, match=r"VISTA: LlavaLlamaForCausalLM: .*pass input_ids"):
         model(**inputs | {"input_ids": None, "inputs_embeds": embeds})
 
 
@@ -244,17 +244,19 @@ def test_settings_walk_from_flags_to_config_and_back():
     assert VistaConfig.from_arguments({}) == VistaConfig()
 
 
-def test_setup_refuses_a_model_that_would_not_add_the_term(make_model):
+def test_setup_refuses_a_model_that_would_not_add_the_term(make_model, tmp_path):
     from torch import nn
+    from transformers import Trainer, TrainingArguments
 
     from vista_patch import vista_setup
 
     flags = SimpleNamespace(
         vista="l2", vista_reduction="mean", vista_ramp="t/m", vista_weight=1.0, vista_detach_text=False
     )
-    plain = SimpleNamespace(model=nn.Linear(2, 2), log=print)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    plain = Trainer(model=nn.Linear(2, 2), args=args)
     with pytest.raises(TypeError, match="the forward of Linear does not add it"):
         vista_setup(plain, flags)
     model = make_model()
-    vista_setup(SimpleNamespace(model=model, log=print), flags)
+    vista_setup(Trainer(model=model, args=args), flags)
     assert model.config.vista["metric"] == "l2"

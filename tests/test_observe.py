@@ -81,7 +81,7 @@ def test_text_that_does_not_arrive_as_it_was_is_named(change, token):
     model = Model(change)
     with (
         vista_patch.patch(model),
-        pytest.raises(RuntimeError, match=f"row 0: token {token} of input_ids did not arrive"),
+        pytest.raises(RuntimeError, match=f"VISTA: Model: row 0: token {token} of input_ids did not arrive"),
     ):
         model(**inputs())
 
@@ -108,8 +108,11 @@ def test_images_that_do_not_arrive_are_named():
 @pytest.mark.parametrize(
     "given,match",
     [
-        ({"cross_attention_states": torch.zeros(1)}, "Decoder reads its images by cross-attention"),
-        ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "Decoder: its image tokens attend to later text"),
+        (
+            {"cross_attention_states": torch.zeros(1)},
+            "VISTA: Model: its decoder, Decoder, reads images by cross-attention",
+        ),
+        ({"attention_mask": torch.zeros(1, 1, 7, 7)}, "VISTA: Model: its image tokens attend to later text"),
     ],
     ids=["as Mllama", "as PaliGemma"],
 )
@@ -151,6 +154,42 @@ def test_noise_on_the_embeddings_is_part_of_x():
     torch.testing.assert_close((loss - stock).double(), expected(model, inputs()), rtol=1e-5, atol=1e-6)
 
 
+class Scaling(Decoder):
+    """As Gemma's: scales its embeddings on their way to its first block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity()])
+
+    def forward(self, inputs_embeds=None, attention_mask=None):
+        x = self.blocks[0](7 * inputs_embeds)
+        self.seen = x, self.layer(x.cumsum(1))
+        return (self.seen[1],)
+
+
+def test_x_holds_the_scale_of_a_decoder_that_scales_its_embeddings():
+    """Also where the first batch has no text to tell it by."""
+    model = Model()
+    model.decoder = Scaling()
+    with vista_patch.patch(model):
+        model(**inputs([[IMAGE] * 4]))
+        loss = model(**inputs())["loss"]
+        stock = model.eval()(**inputs())["loss"]
+    torch.testing.assert_close((loss - stock).double(), expected(model, inputs()), rtol=1e-5, atol=1e-6)
+
+
+def test_images_deep_in_what_a_model_is_given_are_seen():
+    """A loss without the term raises there too."""
+
+    class Nested(Model):
+        def forward(self, input_ids, batch, labels=None):
+            return super().forward(input_ids, batch["pictures"][0], labels)
+
+    model, given = Nested(), inputs()
+    with vista_patch.patch(model), pytest.raises(RuntimeError, match="is trained without its term"):
+        model(given["input_ids"], {"pictures": [given["images"]]}, given["labels"])["logits"].sum().backward()
+
+
 PACKED = {
     "position_ids": {"position_ids": torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 0, 1, 2, 3, 4, 5, 6]])},
     "cu_seq_lens": {"cu_seq_lens_q": torch.tensor([0, 7, 8, 15], dtype=torch.int32)},
@@ -189,7 +228,7 @@ def test_packed_samples_are_each_their_own(how):
 )
 def test_packing_that_does_not_say_where_samples_begin_is_refused(how):
     model = Model()
-    with vista_patch.patch(model), pytest.raises(RuntimeError, match="packed in a row"):
+    with vista_patch.patch(model), pytest.raises(RuntimeError, match=r"VISTA: Model: .*packed in a row"):
         model(**inputs([[*ROWS[0], *ROWS[0]]]), **how)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .config import FLAGS, VistaConfig, nearest
 from .loss import VistaLoss
-from .observe import MEND, Step, bind, bypassed, locate, observe, observed, read
+from .observe import MEND, Step, bind, bypassed, last_hidden, locate, observe, observed, read
 
 # The metric of --vista, from when a script has parsed it until its vista_setup. Without that it must not train.
 PARSED: list[str] = []
@@ -35,13 +35,13 @@ def vista_forward(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def with_vista(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, functools.partial(forward, self), args, kwargs)
+        return _run(self, functools.partial(forward, self), *args, **kwargs)
 
     with_vista.adds_vista = True  # type: ignore[attr-defined]
     return with_vista
 
 
-def _run(model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run(model: nn.Module, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     config = _config(model)
     if not model.training or not (PARSED or config.active):
         return forward(*args, **kwargs)
@@ -165,17 +165,17 @@ class Patch:
 
     def __init__(self, model: nn.Module, config: VistaConfig):
         self.model: Any = find(model)
-        self.owner: Any
         decoder = locate(self.model)[1]
         # An own forward of this instance hides the class's, whose base may hold the one that takes labels.
         own = "forward" in vars(self.model)
-        self.owner = (
-            self.model if own else next(c for c in type(self.model).__mro__ if _takes_labels(vars(c).get("forward")))
-        )
+        self.owner: Any = self.model
+        if not own:
+            self.owner = next(c for c in type(self.model).__mro__ if _takes_labels(vars(c).get("forward")))
         forward = self.owner.forward
         if not hasattr(forward, "adds_vista"):
-            added = _bound(self.model, forward) if own else vista_forward(forward)
-            added.patches = 0  # type: ignore[attr-defined]
+            added: Any = functools.partial(_run, self.model, forward) if own else vista_forward(forward)
+            functools.update_wrapper(added, forward)
+            added.adds_vista, added.patches = True, 0
             self.owner.forward = added
         if hasattr(self.owner.forward, "patches"):  # else it is in the source
             self.owner.forward.patches += 1
@@ -230,25 +230,16 @@ def _takes_labels(forward: Callable[..., Any] | None) -> bool:
     return forward is not None and "labels" in inspect.signature(forward).parameters
 
 
-def _bound(model: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(forward)
-    def with_vista(*args: Any, **kwargs: Any) -> Any:
-        return _run(model, forward, args, kwargs)
-
-    with_vista.adds_vista = True  # type: ignore[attr-defined]
-    return with_vista
-
-
 def _watch(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Of a patched model: whoever runs its decoder in training runs it by the forward that adds the term."""
     model = _watched.get(decoder)
     if model is None or not (decoder.training and torch.is_grad_enabled()) or observed(model):
         return
     config = _config(model)
-    if config.active and kwargs.get("inputs_embeds") is not None:
-        step = Step(model, config, {"images": kwargs["inputs_embeds"]}, adds=True)
+    if config.active and (x := bind(decoder.forward, args, kwargs).get("inputs_embeds")) is not None:
+        step = Step(model, config, {"images": x}, adds=True)
         step.why = f"its forward is not the patched one any more, but that at {whose(model)}"
-        step.guard(output[0] if isinstance(output, tuple) else output["last_hidden_state"])
+        step.guard(last_hidden(output))
 
 
 def whose(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -57,7 +58,7 @@ _places: "WeakKeyDictionary[nn.Module, tuple[nn.Module, nn.Module, nn.Module | N
 _open: list["Step"] = []
 
 
-Doubt = tuple[str, Tensor]  # what would be wrong, as a format, and [4]: whether it is, and three figures
+Doubt = tuple[str, Tensor]  # what would be wrong, as a format, and its `flag`
 
 
 class Embedded(NamedTuple):
@@ -94,20 +95,20 @@ class Step:
         self.looked_up = 0  # runs that got ids in place of embeddings
         self.entered: Tensor | None = None
         self.in_loss = False
-        self.raises = (
-            adds or "labels" not in given
-        )  # labels=None is said on purpose: at the log alone that may be wrong
-        self.why = (
-            "the loss that its forward returns is not the one that is trained on"
-            if adds
-            else "its forward got no labels, as with label smoothing or compute_loss_func, which take them out"
-        )
+        self.raises = adds or "labels" not in given  # labels=None is said on purpose: only the log can tell it is wrong
+        self.why = "the loss that its forward returns is not the one that is trained on"
+        if not adds:
+            self.why = "its forward got no labels, as with label smoothing or compute_loss_func, which take them out"
+
+    def error(self, what: str) -> RuntimeError:
+        return RuntimeError(f"VISTA: {type(self.model).__name__}: {what}; {OFF}")
 
     def on_embedded(self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         ids = (*args, *kwargs.values())[0]
         if torch.is_tensor(output) and output.shape[:-1] == ids.shape:
             # No more is kept of it, since the whole may not live as long as the step.
-            self.embedded.append(Embedded(ids.flatten(), keys(output).flatten(), some(output).flatten(0, -2).clone()))
+            some = output.detach()[..., :SOME].flatten(0, -2).clone()
+            self.embedded.append(Embedded(ids.flatten(), keys(output).flatten(), some))
 
     def on_entry(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.entered is None:
@@ -119,14 +120,14 @@ class Step:
         if torch.is_grad_enabled() != self.gradient:
             return  # a run that is only looked at
         own, name = bind(decoder.forward, args, kwargs), type(decoder).__name__
-        x, h = own.get("inputs_embeds"), output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+        x, h = own.get("inputs_embeds"), last_hidden(output)
         if getattr(decoder, "_is_replica", False):
-            raise RuntimeError("VISTA: torch.nn.DataParallel runs one model in several threads: start with torchrun")
+            raise self.error("torch.nn.DataParallel runs one model in several threads: start with torchrun")
         for key, value in own.items():
             if "cross_attention_states" in key and value is not None:
-                raise RuntimeError(
-                    f"VISTA: {name} reads its images by cross-attention ({key}): no image token has a hidden state, so "
-                    f"the term has no meaning on it; {OFF[3:]}"
+                raise self.error(
+                    f"its decoder, {name}, reads images by cross-attention ({key}): no image token has a hidden state, "
+                    "so the term has no meaning on it"
                 )
         self.guard(h)
         if x is None or not self.adds:
@@ -134,16 +135,16 @@ class Step:
             return
         ids, seen, mask = (self.given.get("input_ids"), self.given.get("attention_mask"), own.get("attention_mask"))
         if not torch.is_tensor(ids) or not self.embedded:
-            raise RuntimeError(
-                f"VISTA: {name} got embeddings of tokens that were not seen: pass input_ids (not inputs_embeds), {OFF}"
+            raise self.error(
+                f"its decoder, {name}, got embeddings of tokens that were not seen: pass input_ids, not inputs_embeds"
             )
         if x.shape[:2] != h.shape[:2] or len(x) != len(ids):
-            raise RuntimeError(
-                f"VISTA: {name} got {tuple(x.shape[:2])} (rows, positions) and returned {tuple(h.shape[:2])} for "
-                f"{len(ids)} rows of input_ids: rows are packed or dropped on the way, so the term has no place; {OFF}"
+            raise self.error(
+                f"its decoder, {name}, got {tuple(x.shape[:2])} (rows, positions) and returned {tuple(h.shape[:2])} "
+                f"for {len(ids)} rows of input_ids: rows are packed or dropped on the way, so the term has no place"
             )
         if torch.is_tensor(seen) and seen.ndim != 2:
-            raise RuntimeError(f"VISTA: {PACKED.format(f'a {seen.ndim}-D attention_mask')}")
+            raise self.error(PACKED.format(f"a {seen.ndim}-D attention_mask"))
         masks = [m for m in (mask, seen) if torch.is_tensor(m) and m.shape == x.shape[:2]]
         real = seen > 0 if torch.is_tensor(seen) and seen.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
         text, image, doubts = self.kinds(x, ids, real, masks[0] > 0 if masks else None)
@@ -165,16 +166,14 @@ class Step:
         """
         T, L = ids.shape[1], x.shape[1]
         same = all(each.some.dtype == x.dtype for each in self.embedded)
-        keys_BL = keys(x if same else some(x))
+        keys_BL = keys(x if same else x[..., :SOME])
         found = [each.keys if same else keys(each.some.to(x.dtype)) for each in self.embedded]
         known = Known(torch.cat([each.ids for each in self.embedded]), torch.cat(found), ids, real)
         spliced = L != T
         if mask is None:  # then zeros at the ends of rows are padding, where rows were put together anew
-            mask = (
-                inside(keys_BL != 0)
-                if spliced or x.is_meta
-                else torch.where((ids < 0).any(), inside(keys_BL != 0), True)
-            )
+            mask = inside(keys_BL != 0)
+            if not spliced:
+                mask = mask | ~(ids < 0).any()
         id_BL, match_BL = known.id_of_key(keys_BL)
         match_BL = match_BL & (mask | (keys_BL != 0))
         id_BT = known.id(ids)
@@ -208,7 +207,7 @@ class Step:
         there = got.index_select(0, row).gather(1, at)
         empty_B = (place_BT & real).any(1) & ~image_BL.any(1) & ~(cuts & mask.all(1))
         doubts = [
-            (TEXT_LOST, torch.cat([wrong_B.any().long().view(1), row, lost[0], there[0]])),
+            (TEXT_LOST, flag(wrong_B, row, lost, there)),
             (
                 "row {0} of input_ids has a place for an image, but no image arrives",
                 flag(empty_B, empty_B.long().argmax()),
@@ -227,9 +226,10 @@ class Step:
         if self.decoder not in _scales:  # asked once: this reads from the device
             a, b = (t.detach()[text][:64].double() for t in (x, entered))
             factor = (a * b).sum() / (a * a).sum()
-            _scales[self.decoder] = bool(
-                torch.allclose(b, factor * a, rtol=2e-2, atol=1e-6) and (factor - 1).abs() > 0.02
-            )
+            if not len(a):  # no text to tell it by, nor to add a term for
+                return x
+            multiple = torch.allclose(b, factor * a, rtol=2e-2, atol=1e-6)
+            _scales[self.decoder] = bool(multiple and (factor - 1).abs() > 0.02)
         return entered if _scales[self.decoder] else x
 
     def samples(self, own: Mapping[str, Any], x: Tensor, doubts: list[Doubt]) -> Tensor | None:
@@ -238,10 +238,9 @@ class Step:
         for key, value in given.items():
             if "cu_seq" in key and torch.is_tensor(value):
                 if B != 1:
-                    raise RuntimeError(f"VISTA: {PACKED.format(f'{key} with {B} rows')}")
-                return torch.searchsorted(value[1:].contiguous(), torch.arange(L, device=value.device), right=True)[
-                    None
-                ]
+                    raise self.error(PACKED.format(f"{key} with {B} rows"))
+                position = torch.arange(L, device=value.device)
+                return torch.searchsorted(value[1:].contiguous(), position, right=True)[None]
         if torch.is_tensor(given.get("seq_idx")):
             idx: Tensor = given["seq_idx"]
             return idx.expand(B, L)
@@ -260,16 +259,14 @@ class Step:
         return starts.cumsum(1).expand(B, L)
 
     def compute(self, x: Tensor, h: Tensor, text: Tensor, image: Tensor, samples: Tensor | None) -> VistaLoss:
-        c = self.config
-        settings: dict[str, Any] = {"metric": c.metric, "reduction": c.reduction, "ramp": c.ramp}
-        settings["detach_text"] = c.detach_text
-        parts = []
+        c, parts = self.config, []
+        term = partial(vista_loss, metric=c.metric, reduction=c.reduction, ramp=c.ramp, detach_text=c.detach_text)
         for b, row in enumerate([] if samples is None else samples.diff(dim=1).ne(0).tolist()):
             at = [0, *(i for i, begins in enumerate(row, 1) if begins), len(row) + 1]
             parts += [(slice(b, b + 1), slice(i, j)) for i, j in pairwise(at)]
         if len(parts) <= len(x):  # one sample a row
-            return vista_loss(x, h, text, image, **settings)
-        each = [vista_loss(x[p], h[p], text[p], image[p], **settings) for p in parts]
+            return term(x, h, text, image)
+        each = [term(x[p], h[p], text[p], image[p]) for p in parts]
         full = torch.stack([(text[p] | image[p]).any() for p in parts])  # the others are padding
         share = torch.stack([v.share for v in each])
         loss, cosine = ((torch.stack([v[i] for v in each]) * share).sum() / share.sum().clamp(min=1) for i in (0, 1))
@@ -294,19 +291,18 @@ class Step:
 
     def term(self, loss: Tensor | None) -> VistaLoss | None:
         """The term of the runs that `loss` was computed from; None where no image can have been among them."""
-        runs, name = self.runs, type(self.decoder).__name__
+        runs, name = self.runs, type(self.model).__name__
         if len(runs) > 1 and loss is not None and loss.requires_grad:
             reached = reaches(loss, [run.h for run in runs])
             runs = [run for run, yes in zip(runs, reached, strict=True) if yes]
         for number, run in enumerate(runs, 1):
-            more = f" ran more than once, and in run {number}" if len(self.runs) > 1 else ""
-            read(self.model, [(f"VISTA: {name}{more}: {text}", figures) for text, figures in run.doubts])
+            more = f"its decoder ran more than once, and in run {number}: " if len(self.runs) > 1 else ""
+            read(self.model, [(f"VISTA: {name}: {more}{text}", figures) for text, figures in run.doubts])
         if not runs:
             if self.looked_up == 0 or (holds_images(self.given) and not self.runs):
                 how = "was given images by another way than inputs_embeds" if self.looked_up else "did not run"
-                raise RuntimeError(
-                    f"VISTA: {name}, the decoder of {type(self.model).__name__}, {how}: pass input_ids through the "
-                    f"model's own forward, {OFF}"
+                raise self.error(
+                    f"its decoder, {type(self.decoder).__name__}, {how}: pass input_ids through the model's own forward"
                 )
             return None
         if len(runs) == 1:
@@ -405,10 +401,6 @@ class Known:
         return torch.where(self.ids[at] == ids, found, NONE)
 
 
-def some(vectors: Tensor) -> Tensor:
-    return vectors.detach()[..., :SOME]
-
-
 def keys(vectors: Tensor) -> Tensor:
     """An integer for each vector [..., n], of all its bits; 0 for zeros. A sum of integers is the same in any order."""
     rows = vectors.detach().flatten(0, -2)
@@ -447,9 +439,10 @@ def count(values: Tensor, wanted: Tensor) -> Tensor:
     return torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
 
 
-def flag(wrong: Tensor, figure: Tensor | None = None) -> Tensor:
-    zero = wrong.new_zeros(1, dtype=torch.long)
-    return torch.cat([wrong.any().long().view(1), zero if figure is None else figure.view(1), zero, zero])
+def flag(wrong: Tensor, *figures: Tensor) -> Tensor:
+    """int64 [4]: whether anything is wrong, and what its text tells, filled up with zeros."""
+    found = torch.cat([value.long().view(1) for value in (wrong.any(), *figures)])
+    return nn.functional.pad(found, (0, 4 - len(found)))
 
 
 def leak(wide: Tensor, text: Tensor, image: Tensor) -> Tensor:
@@ -536,11 +529,16 @@ def bind(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     return given
 
 
-def holds_images(given: Mapping[str, Any]) -> bool:
+def holds_images(given: Any) -> bool:
     """Whether a call was given images, or features of them."""
-    for key, value in given.items():
-        if "mask" not in key and "embeds" not in key:
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if any(torch.is_tensor(v) and v.is_floating_point() and v.ndim > 1 for v in values):
-                return True
-    return False
+    if torch.is_tensor(given):
+        return given.is_floating_point() and given.ndim > 1
+    if isinstance(given, Mapping):
+        return any(holds_images(value) for key, value in given.items() if "mask" not in key and "embeds" not in key)
+    return isinstance(given, (list, tuple)) and any(map(holds_images, given))
+
+
+def last_hidden(output: Any) -> Tensor:
+    """[B, L, d]: what a decoder returned of its last hidden states, as a tuple or by name."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output["last_hidden_state"]
+    return states

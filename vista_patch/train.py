@@ -79,16 +79,13 @@ class Attachment:
         self.trainer, self.config, self.halved = trainer, config, 0.0
         self.sums = getattr(sys.modules.get("transformers"), "__version__", "").startswith(SUMS)
         self.model: Any = find(trainer.model) if config.active else trainer.model
-        self.before = vars(self.model.config).get("vista") if hasattr(self.model, "config") else None
-        settings: Any = self.model.config
-        settings.vista = config.to_dict()
-        self.stock = {
-            name: getattr(trainer, name) for name in ("compute_loss", "log", "save_model") if hasattr(trainer, name)
-        }
-        for name, stock in self.stock.items():
-            if config.active or name == "log":
-                setattr(trainer, name, functools.update_wrapper(functools.partial(getattr(self, name)), stock))
-        steps = trainer.args.gradient_accumulation_steps if config.active and "compute_loss" in self.stock else 1
+        self.before = vars(self.model.config).get("vista")
+        self.model.config.vista = config.to_dict()
+        self.stock: dict[str, Any] = {}
+        for name in ("compute_loss", "log", "save_model") if config.active else ("log",):
+            self.stock[name] = stock = getattr(trainer, name)
+            setattr(trainer, name, functools.update_wrapper(functools.partial(getattr(self, name)), stock))
+        steps = trainer.args.gradient_accumulation_steps if config.active else 1
         if steps > 1 and self.adds_up():
             logger.warning(
                 "VISTA: this release of transformers takes the sum of the micro-steps' cross-entropy in place of "

@@ -93,7 +93,7 @@ class Family:
     placeholders: tuple[int, ...] = (IMAGE,)  # ids whose positions get something else than their embedding
     scale: float = 1.0  # of the vectors that the decoder gets, over the rows of the embedding's table
     dtype: torch.dtype = torch.float64  # of the comparison: experts' kernels take fp32 at most
-    refused: str = ""  # why, as in the message
+    refused: str = ""  # why, as in the message after the model's class
 
 
 def llama(**settings) -> dict:
@@ -571,7 +571,7 @@ FAMILIES = {
         },
         [START, *[IMAGE] * 16, END],
         squares,
-        refused="ChameleonModel.* by another way",
+        refused="its decoder, ChameleonModel, was given images by another way",
     ),
     "PaliGemma": Family(
         "PaliGemmaForConditionalGeneration",
@@ -586,7 +586,7 @@ FAMILIES = {
         squares,
         types="token_type_ids",
         type_of=lambda image: 0 * image.long(),  # all of it is the prefix, whose tokens see each other
-        refused="GemmaModel: .*attend",
+        refused="its image tokens attend to later text",
     ),
     "Llama 3.2 Vision": Family(
         "MllamaForConditionalGeneration",
@@ -615,6 +615,6 @@ FAMILIES = {
             "aspect_ratio_ids": torch.ones(len(counts), max(counts)).long(),
             "aspect_ratio_mask": torch.ones(len(counts), max(counts), 1).long(),
         },
-        refused="MllamaTextModel .*cross-attention",
+        refused="its decoder, MllamaTextModel, reads images by cross-attention",
     ),
 }

@@ -135,7 +135,7 @@ def test_low_precision(family, how):
 def test_refused_by_name(family):
     model = build(family)
     inputs = batch(family, model)
-    error = pytest.raises((TypeError, RuntimeError), match=f"VISTA: {family.refused}")
+    error = pytest.raises((TypeError, RuntimeError), match=f"VISTA: {family.model}: {family.refused}")
     with error, vista_patch.patch(model):
         model(**inputs)
     assert torch.isfinite(model(**inputs).loss)
