@@ -42,19 +42,22 @@ def vision_tower(tmp_path_factory):
 
 @pytest.fixture
 def make_model(llava, vision_tower):
-    """make_model(vista={...}, **config): a random LLaVA in training mode; equal weights every time."""
+    """make_model(vista={...}, **config): a random LLaVA in training mode; equal weights every time.
+
+    `module`: another one that holds its classes.
+    """
     import torch
 
-    def make(vista=None, **overrides):
+    def make(vista=None, module=llava, **overrides):
         torch.manual_seed(0)
-        config = llava.LlavaConfig(
+        config = module.LlavaConfig(
             vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
             mm_vision_tower=str(vision_tower), mm_hidden_size=16, mm_projector_type="linear", use_cache=False,
             mm_vision_select_layer=-2, mm_vision_select_feature="patch", **overrides,
         )  # fmt: skip
         if vista is not None:
             config.vista = vista
-        model = llava.LlavaLlamaForCausalLM(config)
+        model = module.LlavaLlamaForCausalLM(config)
         model.get_vision_tower().load_model()
         return model.train()
 
