@@ -5,7 +5,7 @@ import torch
 
 import vista_patch
 from tests.families.reference import assert_same_gradients, batch, build, gradients, rows, sample, term
-from tests.families.test_families import SETTINGS, here
+from tests.families.test_families import SETTINGS, here, release
 from vista_patch import vista_metrics
 
 pytestmark = pytest.mark.families
@@ -206,4 +206,6 @@ def test_an_uneven_accumulation_raises_nothing_false(family):
 def test_two_ranks(how, tmp_path):
     from tests.families.test_trainers import run
 
-    run(tmp_path, 2, "sharded", how=how, family="LLaVA")
+    # The LLaVA of 4.46 fails on text alone, which one of DDP's ranks has.
+    family = "Qwen2-VL" if how == "ddp" and release() == "4.46" else "LLaVA"
+    run(tmp_path, 2, "sharded", how=how, family=family)

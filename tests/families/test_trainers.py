@@ -5,6 +5,7 @@ gradients; or there is an error.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,6 +22,8 @@ from tests.families.training import IMAGES, WEIGHT, reference, train
 
 pytestmark = pytest.mark.families
 SPLITS = [(4, 1), (2, 2), (1, 4)]
+# A family whose forward in Liger runs in this release: docs/models.md says what the others lack.
+LIGER = "GLM-4V" if importlib.metadata.version("transformers") >= "5" else "InternVL"
 TRAINERS = {
     "transformers.Trainer": ("plain", "LLaVA"),
     "Trainer, num_items_in_batch not passed on": ("plain", "Qwen2-VL"),
@@ -29,8 +32,8 @@ TRAINERS = {
     "TRL": ("trl", "LLaVA"),
     "TRL, compute_loss_func": ("trl own loss", "LLaVA"),
     "TRL, label smoothing": ("trl label smoothing", "LLaVA"),
-    "Liger on the instance": ("liger instance", "InternVL"),
-    "Liger on the class": ("liger class", "InternVL"),
+    "Liger on the instance": ("liger instance", LIGER),
+    "Liger on the class": ("liger class", LIGER),
 }
 
 
@@ -38,8 +41,6 @@ def installed(kind: str) -> None:
     for word, package in (("trl", "trl"), ("liger", "liger_kernel")):
         if word in kind and importlib.util.find_spec(package) is None:
             pytest.skip(f"no {package} in this environment")
-    if "liger" in kind and release() >= "5":
-        pytest.skip("stock fails: liger-kernel 0.8.5's forwards of these models do not run in this release")
 
 
 def run(tmp_path, ranks: int = 1, script: str = "training", **spec) -> dict | None:
@@ -110,6 +111,10 @@ def test_a_forward_replaced_after_patching(name):
     installed(kind)
     if "liger" in kind:
         pytest.skip("replaces it itself")
+    try:
+        train(kind, family, 2, 2, replace=True)
+    except AttributeError as error:  # TRL reads what its own forward returns
+        pytest.skip(f"stock fails: {error}")
     on = train(kind, family, 2, 2, "attach", replace=True)
     assert_term_added(on, stock_of(kind, family, 2, 2), family)
     with pytest.raises(RuntimeError, match=r"VISTA.*trained without its term"):

@@ -14,7 +14,10 @@ from tests.families.registry import FAMILIES, PAD, Family
 
 IMAGES = (1, 1, 2, 1)  # of each of the four samples of the optimizer step
 WEIGHT = 0.5
-LIGER = {"rms_norm": False, "layer_norm": False}  # the others do not run in triton's interpreter
+LIGER = {  # family: what replaces its forward, less the kernels that do not run in triton's interpreter
+    "InternVL": ("apply_liger_kernel_to_internvl", {"rms_norm": False, "layer_norm": False}),
+    "GLM-4V": ("apply_liger_kernel_to_glm4v", {"rope": False, "rms_norm": False, "swiglu": False}),
+}
 
 
 def samples(family: Family, model, images=IMAGES) -> list[dict]:
@@ -69,12 +72,13 @@ def train(kind: str, family: str, per_device: int, accumulation: int, vista="", 
     import vista_patch
 
     chosen = FAMILIES[family]
-    if kind == "liger class":
-        from liger_kernel.transformers import apply_liger_kernel_to_internvl
-
-        apply_liger_kernel_to_internvl(**LIGER)
     model = build(chosen, torch.float32 if "liger" in kind else torch.float64)
     data, stock_forward = samples(chosen, model, images), type(model).forward
+    if kind == "liger class":
+        import liger_kernel.transformers
+
+        name, kernels = LIGER[family]
+        getattr(liger_kernel.transformers, name)(**kernels)
     patched = vista_patch.patch(model, weight=WEIGHT) if vista == "patch" else None
     settings = {
         "output_dir": tempfile.mkdtemp(),
@@ -95,7 +99,7 @@ def train(kind: str, family: str, per_device: int, accumulation: int, vista="", 
         "label_smoothing_factor": 0.1 if "label smoothing" in kind else 0.0,
     }
     if kind == "liger instance":
-        settings |= {"use_liger_kernel": True, "liger_kernel_config": LIGER}
+        settings |= {"use_liger_kernel": True, "liger_kernel_config": LIGER[family][1]}
     common = {"optimizers": (torch.optim.SGD(model.parameters(), lr=1.0), None), "model": model}
     common["data_collator"] = lambda indices: collate([data[i["index"]] for i in indices])
     dataset = [{"index": i} for i in range(len(data))]
