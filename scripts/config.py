@@ -29,7 +29,7 @@ USAGE = "python -m scripts.config NAME get KEY... | NAME pretrain|finetune"
 CONFIGS = Path(__file__).parent / "configs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of an experiment and of a task: a folder's name
 STAGES = ("pretrain", "finetune")
-CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "full"), "unlabelled": ("stop", "skip")}
+CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "small", "full"), "unlabelled": ("stop", "skip")}
 VARIABLES = {  # what the environment can say, and the key that it takes the place of
     "RANKS": "ranks", "PER_DEVICE": "per_device_train_batch_size", "REPORT_TO": "report_to", "RUN_FOLDER": "run",
 }  # fmt: skip
@@ -74,7 +74,8 @@ def _check(config: Config, where: str) -> None:
         if key == "tasks" and not all(isinstance(task, str) and NAME.fullmatch(task) for task in value):
             raise ConfigError(f"{where}: tasks = {value!r}: each must be the name of a task")
         if key in CHOICES and value not in CHOICES[key]:
-            raise ConfigError(f"{where}: {key} = {value!r}: choose {' or '.join(CHOICES[key])}")
+            *first, last = CHOICES[key]
+            raise ConfigError(f"{where}: {key} = {value!r}: choose {', '.join(first)} or {last}")
 
 
 def seed(text: str) -> str:

@@ -20,13 +20,15 @@ from scripts.common import ROOT, Arguments, Busy, Job, fail, lock, run_abreast, 
 from scripts.training import launch
 
 USAGE = (
-    "scripts/reproduce.sh [--profile tiny|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]\n"
+    "scripts/reproduce.sh [--profile tiny|small|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]\n"
     "       scripts/reproduce.sh --experiment NAME [--seeds N] [--dry-run]       one of scripts/configs/ alone"
 )
 BASELINES = {
     "tiny": {"llava": "llava-tiny", "tinyllava": "tinyllava-tiny"},
+    "small": {"tinyllava": "tinyllava-0.5b"},
     "full": {"llava": "llava-v1.5-7b", "tinyllava": "tinyllava-3b"},
 }
+SEEDS = {"small": "3"}  # where it is not 1
 VARIANTS = ("", "-vista", "-vista-cosine")
 BEGUN = time.monotonic()
 
@@ -137,26 +139,29 @@ def main(argv: list[str]) -> int:
     os.chdir(ROOT)
     parser = Arguments(prog="reproduce", usage=USAGE, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="tiny", nargs="?", const="")
-    parser.add_argument("--backbone", default="llava", nargs="?", const="")
+    parser.add_argument("--backbone", nargs="?", const="")
     parser.add_argument("--experiment", nargs="?", const="")
-    parser.add_argument("--seeds", default="1", nargs="?", const="")
+    parser.add_argument("--seeds", nargs="?", const="")
     parser.add_argument("--dry-run", action="store_true")
     args, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown option {unknown[0]}")
     if args.profile not in BASELINES:
-        parser.error(f"--profile {args.profile!r}: choose tiny or full")
-    if args.backbone not in ("llava", "tinyllava", "both"):
-        parser.error(f"--backbone {args.backbone!r}: choose llava, tinyllava or both")
-    if not (args.seeds.isdecimal() and args.seeds.isascii() and 1 <= int(args.seeds) <= 10**6):
-        parser.error(f"--seeds {args.seeds!r}: give a number from 1 on")
+        parser.error(f"--profile {args.profile!r}: choose tiny, small or full")
     profile, baselines = args.profile, BASELINES[args.profile]
-    names = [baselines[key] for key in baselines if args.backbone in (key, "both")]
+    backbone = next(iter(baselines)) if args.backbone is None else args.backbone
+    if backbone not in ("llava", "tinyllava", "both"):
+        parser.error(f"--backbone {backbone!r}: choose llava, tinyllava or both")
+    if not (names := [baselines[key] for key in baselines if backbone in (key, "both")]):
+        parser.error(f"--backbone {backbone}: profile {profile} has {' and '.join(baselines)} alone")
+    seeds = args.seeds if args.seeds is not None else SEEDS.get(profile, "1") if args.experiment is None else "1"
+    if not (seeds.isdecimal() and seeds.isascii() and 1 <= int(seeds) <= 10**6):
+        parser.error(f"--seeds {seeds!r}: give a number from 1 on")
     variants: Sequence[str] = VARIANTS
     try:
         if args.experiment is not None:
             names, variants, profile = [args.experiment], [""], config.load(args.experiment)["profile"]
-        plan = make_plan(names, variants, profile, int(args.seeds))
+        plan = make_plan(names, variants, profile, int(seeds))
     except config.ConfigError as error:
         fail("reproduce", str(error))
     if args.dry_run:

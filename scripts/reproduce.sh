@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole reproduction, from a stock upstream to the report; scripts/reproduce.py holds its plan.
 #
-#   scripts/reproduce.sh [--profile tiny|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]
+#   scripts/reproduce.sh [--profile tiny|small|full] [--backbone llava|tinyllava|both] [--seeds N] [--dry-run]
 #   scripts/reproduce.sh --experiment NAME [--seeds N] [--dry-run]       one of scripts/configs/ alone
 set -euo pipefail
 # shellcheck source=scripts/setup/kit.sh

@@ -157,6 +157,23 @@ def small_experiment(tree, base, parts, models, stages, train):
     (tree / "scripts/configs/small.toml").write_text("\n".join(lines))
 
 
+def qwen2(lines, out):
+    """A small random Qwen2 and its tokenizer, as Qwen2-0.5B: one token is end and padding, keys and values have fewer
+    heads, and one matrix is the embedding and the head."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(lines, vocab_size=600, special_tokens=["<|endoftext|>"], show_progress=False)
+    bpe.save_model(str(out))
+    tokenizer = Qwen2Tokenizer(str(out / "vocab.json"), str(out / "merges.txt"), model_max_length=2048)
+    end = tokenizer.eos_token_id
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 2048, "tie_word_embeddings": True}
+    config = Qwen2Config(vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, **shape)
+    return tokenizer, Qwen2ForCausalLM(config)
+
+
 # -- a checkout whose runs are short
 
 SMALLER = {  # file below scripts: what stands there, and what makes the run short

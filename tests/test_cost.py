@@ -22,6 +22,7 @@ def stage(experiment, name):
     [
         ("vicuna-7b-v1.5", 6.738e9),
         ("phi-2", 2.780e9),
+        ("qwen2-0.5b", 0.494e9),
         ("clip-vit-large-patch14-336", 0.304e9),
         ("siglip-so400m-patch14-384", 0.428e9),
     ],
@@ -151,6 +152,40 @@ def test_the_disk_holds_what_finished_stages_keep():
     weights = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008)
     kept = 2 * 4 * weights + 2 * 16 * weights + 2 * weights
     assert cost.Experiment("llava-v1.5-7b").disk(3) == pytest.approx((3 * kept + 16 * weights) / 1e9)
+
+
+# -- one GPU, one night
+
+
+@pytest.mark.parametrize("gib", (24, 40, 80))
+def test_nine_small_runs_with_their_evaluation_take_at_most_12_hours(gib):
+    one = cost.Experiment("tinyllava-0.5b")
+    assert one.fits(1, gib)
+    training, evaluation = (9 * hours for hours in one.hours(1, gib))
+    assert training + evaluation <= 12
+    said = cost.totals([one], 9, [1], [gib]).splitlines()[-1]
+    assert f"{training:.1f} + {evaluation:.1f} = {training + evaluation:.1f} h" in said
+
+
+def test_the_small_stage_2_is_reckoned_by_hand():
+    """9,582 rows of 728 + 300 tokens on an RTX 3090: forward, and twice that back; SigLIP forward."""
+    weights = 24 * (2 * 896 * (896 + 128) + 3 * 896 * 4864) + 151936 * 896
+    forward = (2 * weights + 2 * 24 * 896 * 1028) * 1028
+    tower = 2 * 27 * (4 * 1152**2 + 2 * 1152 * 4304) * 729
+    seconds = (3 * forward + tower) / (71e12 * 0.34)
+    done = stage("tinyllava-0.5b", "finetune")
+    assert done.hours(1, cost.CARDS[0], 1) == pytest.approx(9582 * seconds / 3600)
+    started = (24 * 3 + 27) * 0.036 / 32  # an A100 waits for the CPU
+    assert done.hours(1, cost.A100, 1) == pytest.approx(9582 * started / 3600)
+    memory = 16 * weights + 2 * tower / (2 * 729) + 2048 * (24 * (32 * 896 + 8 * 4864) + 14 * 151936)
+    assert done.memory(1, 1) == pytest.approx(memory / 2**30 + 2)
+
+
+def test_a_public_checkpoint_is_evaluated_and_not_trained(monkeypatch):
+    loaded = config.load("llava-v1.5-7b") | {"checkpoint": "data/models/llava-v1.5-7b"}
+    monkeypatch.setattr(config, "load", lambda name: loaded)
+    one = cost.Experiment("llava-v1.5-7b-public")
+    assert one.hours(8, 40) == (0, one.evaluated.hours(8)) and one.disk(1) == 0
 
 
 # -- how small an effect can be seen

@@ -115,15 +115,20 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "config: unknown key to get": (None, (*CONFIG[:3], "llava-tiny", "get", "tsks"), "did you mean 'tasks'?"),
     "config: unknown stage": (None, (*CONFIG[:3], "llava-tiny", "pretran"), "'pretran'"),
     # flags
-    "reproduce: unknown profile": (None, ("scripts/reproduce.sh", "--profile", "large"), "choose tiny or full"),
+    "reproduce: unknown profile": (None, ("scripts/reproduce.sh", "--profile", "large"), "choose tiny, small or full"),
     "reproduce: flag without value": (None, ("scripts/reproduce.sh", "--seeds"), "give a number from 1 on"),
     "reproduce: unknown backbone": (
         None, ("scripts/reproduce.sh", "--backbone", "LLaVA"), "choose llava, tinyllava or both"
     ),
     "reproduce: no seeds": (None, ("scripts/reproduce.sh", "--seeds", "0"), "give a number from 1 on"),
     "reproduce: unknown flag": (None, ("scripts/reproduce.sh", "--sedes", "1"), "unknown option --sedes"),
-    "doctor: unknown profile": (None, ("scripts/setup/doctor.sh", "huge"), "choose tiny or full"),
-    "doctor: no profile": (None, ("scripts/setup/doctor.sh",), "usage: scripts/setup/doctor.sh tiny|full"),
+    "reproduce: backbone of another profile": (
+        None,
+        ("scripts/reproduce.sh", "--profile", "small", "--backbone", "llava"),
+        "--backbone llava: profile small has tinyllava alone",
+    ),
+    "doctor: unknown profile": (None, ("scripts/setup/doctor.sh", "huge"), "choose tiny, small or full"),
+    "doctor: no profile": (None, ("scripts/setup/doctor.sh",), "usage: scripts/setup/doctor.sh tiny|small|full"),
     "env: unknown environment": (None, ("scripts/setup/env.sh", "gpu"), "choose cpu, cpu-tinyllava"),
     "upstream: unknown": (None, ("scripts/setup/upstream.sh", "LLaVA"), "choose llava, tinyllava"),
     "patch: unknown": (None, ("scripts/setup/patch.sh", "LLaVA"), "upstream/LLaVA: is no folder"),

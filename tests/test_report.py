@@ -18,6 +18,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
 from scripts.evaluation import results
 from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
@@ -46,6 +47,43 @@ def test_bootstrap_against_a_slow_reference():
     # Both are Monte Carlo: with 10,000 draws of sd 0.055 the 2.5% quantile has a standard error of 0.0015.
     assert fast["ci95"] == pytest.approx([draws[250], draws[9750]], abs=0.008)
     assert fast["p"] == pytest.approx(2 * sum(d <= 0 for d in draws) / 10_000, abs=0.02)
+
+
+def test_bootstrap_over_seeds_and_questions_against_a_slow_reference():
+    """Three seeds, of which one is far from the others, and both experiments drawn alike."""
+    rng = np.random.default_rng(1)
+    a, b = (rng.random((3, 100)) < [[0.8], [0.7], [0.5]]).astype(float), (rng.random((3, 100)) < 0.6).astype(float)
+    fast = statistics.interval((a - b).mean(), np.subtract(*statistics.resample(a, b)))
+    slow_random, draws = random.Random(2), []
+    for _ in range(10_000):
+        seeds, picked = slow_random.choices(range(3), k=3), slow_random.choices(range(100), k=100)
+        draws.append(sum(a[s, i] - b[s, i] for s in seeds for i in picked) / 300)
+    draws.sort()
+    # Monte Carlo, with draws of sd 0.1.
+    assert fast["ci95"] == pytest.approx([draws[250], draws[9750]], abs=0.015)
+    alone = statistics.interval(0, np.subtract(*statistics.resample(a.mean(0), b.mean(0))))
+    assert np.ptp(fast["ci95"]) > 1.3 * np.ptp(alone["ci95"])  # it knows how far the seeds are apart
+    assert (statistics.resample(a[:1], b[:1]) == statistics.resample(a[0], b[0])).all()
+
+
+def test_the_smallest_effect_is_seen_four_times_in_five():
+    rng, seeds = np.random.default_rng(0), 4
+    seen = stats.ttest_1samp(rng.normal(statistics.detectable(seeds), 1, (20_000, seeds)), 0, axis=1).pvalue < 0.05
+    assert seen.mean() == pytest.approx(0.8, abs=0.01)
+    assert statistics.smallest([1.0, 2.0]) is None  # two seeds tell no spread
+    assert statistics.smallest([1.0, 3.0, 5.0, 7.0]) == pytest.approx(statistics.detectable(4) * (20 / 3) ** 0.5)
+
+
+def test_with_three_seeds_the_report_says_the_smallest_effect_that_could_have_been_seen(tmp_path):
+    report.main([str(make_run(tmp_path, seeds=3))])
+    group = json.loads((tmp_path / "report.json").read_text())["groups"]["llava-tiny"]
+    text = (tmp_path / "report.md").read_text()
+    pair = group["paired"]["llava-tiny-vista"]["digits"]
+    scores = [group["table"][name]["digits"]["per_seed"] for name in ("llava-tiny-vista", "llava-tiny")]
+    spread = np.std(np.subtract(*scores), ddof=1)
+    assert pair["smallest"] == pytest.approx(statistics.detectable(3) * spread)
+    assert "| Smallest seen |" in text and f"| {pair['smallest']:.2f} |" in text
+    assert "Bootstrap over the seeds and, in each, over the questions" in text
 
 
 def test_bootstrap_is_seeded_and_paired():

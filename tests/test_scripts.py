@@ -96,6 +96,17 @@ def test_dry_run_prints_every_resolved_command_and_does_nothing():
     assert before == after
 
 
+def test_the_small_profiles_dry_run_tells_hours_disk_and_the_smallest_effect_of_nine_runs():
+    code, out, err = run("scripts/reproduce.sh", "--profile", "small", "--dry-run")
+    assert code == 0, err
+    commands = [line for line in out.splitlines() if line.startswith("deepspeed --num_gpus 1 ")]
+    assert len(commands) == 18 and {line.split()[-1] for line in commands} == {"0", "1", "2"}
+    for metric in ("off", "l2", "cosine"):
+        assert sum(f"--vista {metric} " in line for line in commands) == 6
+    before = out[: out.index("deepspeed --num_gpus 1 ")]
+    assert "in all, 9 runs of tinyllava-0.5b; disk" in before and "the smallest true difference" in before
+
+
 @pytest.fixture
 def reproduce(tmp_path):
     """reproduce(*options, **environment): the real reproduce.sh and upstream.sh, without GitHub; every other step only

@@ -1,5 +1,6 @@
 """Stock TinyLLaVA, unpatched and patched, really training in its own environment: 16 steps on small random models."""
 
+import inspect
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.helpers import ROOT, patched_tinyllava, python_of, run_stock, small_experiment
+from tests.helpers import ROOT, patched_tinyllava, python_of, qwen2, reference, run_stock, small_experiment
 
 pytestmark = [pytest.mark.pins, pytest.mark.upstream]
 STEPS = 16
@@ -54,15 +55,15 @@ def stock_tree(tree, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parts(workshop):
-    """The folder of test_training's data, with a random small Phi and SigLIP."""
+    """The folder of test_training's data, with a random small Phi, Qwen2 and SigLIP."""
     import torch
 
     from scripts.miniature import tiny_models
 
     torch.manual_seed(0)
-    for name, new in (("siglip", tiny_models.siglip), ("phi", tiny_models.phi)):
+    for name, new in (("siglip", tiny_models.siglip), ("phi", tiny_models.phi), ("qwen2", qwen2)):
         (workshop / name).mkdir()
-        lines = ((workshop / "text.txt").read_text().splitlines(), workshop / name) if name == "phi" else ()
+        lines = () if name == "siglip" else ((workshop / "text.txt").read_text().splitlines(), workshop / name)
         for part in new(*lines):
             part.save_pretrained(workshop / name)
     return workshop
@@ -196,3 +197,75 @@ def test_both_stages_stopped_by_a_signal_and_continued_end_as_if_they_had_not_be
         assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-1"] and not (out / "done").exists()
         again = finish(stage)
         assert len(log) == 6 and again[0] == log and saved and again[1] == saved
+
+
+# -- the small profile's language model
+
+
+@pytest.fixture(scope="module")
+def qwen2_trained(train, parts, tmp_path_factory):
+    """qwen2_trained(name, **changes): both stages with the small Qwen2, in safetensors; their folders and logs."""
+    folder, done = tmp_path_factory.mktemp("qwen2"), {}
+
+    def run(name, **changes):
+        if name not in done:
+            own = {"model_name_or_path": parts / "qwen2", "save_safetensors": True} | changes
+            outs = [folder / f"{name}-{stage}" for stage in STAGES]
+            logs = [train(outs[0], "pretrain", **own)]
+            again = {"conv_version": "qwen2_base", "pretrained_model_path": outs[0]}
+            done[name] = outs, [*logs, train(outs[1], "finetune", **own, **again)]
+        return done[name]
+
+    return run
+
+
+def test_qwen2_without_vista_is_bitwise_stock_in_both_stages(qwen2_trained, stock_tree):
+    stock, plain = qwen2_trained("stock", tree=stock_tree), qwen2_trained("off", vista="off")
+    assert stock[1] == plain[1] and [len(log) for log in plain[1]] == [STEPS] * 2
+    assert len({row["loss"] for row in plain[1][1]}) > 1
+    names = ("language_model/pytorch_model.bin", "connector/pytorch_model.bin"), ("model.safetensors",)
+    for files, *outs in zip(names, stock[0], plain[0], strict=True):
+        for file in files:
+            one, two = ((out / file).read_bytes() for out in outs)
+            assert one == two, file
+
+
+@pytest.mark.parametrize("metric", ("l2", "cosine"))
+def test_qwen2s_term_is_the_fp64_references(qwen2_trained, tree, metric):
+    """Of the checkpoint that stage 2 left, which holds all that is loaded: an fp32 model against an fp64 term."""
+    (_, out), logs = qwen2_trained("l2", vista="l2")
+    for row in (row for log in logs for row in log):
+        assert row["loss"] == pytest.approx(row["loss_ce"] + row["loss_vista"], abs=2e-4)  # loss: 4 digits
+    code = f"""
+import torch
+{inspect.getsource(reference)}
+from tinyllava.model import load_pretrained_model
+model, *_ = load_pretrained_model({str(out)!r}, device_map="cpu")
+assert type(model.language_model).__name__ == "Qwen2ForCausalLM"
+model = model.float().train()
+rows = [[5, -200, 6, 7, 8, 9], [-200, 10, 11, 12], [13, 14, 15, 16, 17, 18]]
+width = max(map(len, rows))
+ids = torch.tensor([row + [model.tokenizer.pad_token_id] * (width - len(row)) for row in rows])
+mask = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+inputs = dict(input_ids=ids, attention_mask=mask, labels=torch.where(mask & (ids >= 0), ids, -100),
+              images=torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+plain = type(model).forward.__wrapped__(model, **inputs, output_hidden_states=True)
+x, h = plain.hidden_states[0], plain.hidden_states[-1]
+patches = x.shape[1] - width + 1
+text, image = torch.zeros(x.shape[:2]).bool(), torch.zeros(x.shape[:2]).bool()
+for b, row in enumerate(rows):
+    kinds = [kind for token in row for kind in (["image"] * patches if token == -200 else ["text"])]
+    for i, kind in enumerate(kinds):
+        (text if kind == "text" else image)[b, i] = True
+model.config.vista = dict(metric={metric!r}, reduction="mean", ramp="t/m", weight=1.0, detach_text=False)
+ours = (model(**inputs).loss - plain.loss).double()
+theirs = reference(x, h, text, image, {metric!r}, "mean", "t/m")
+print(patches, float(ours), float(theirs))
+torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+"""
+    command = [python_of("cpu-tinyllava"), "-c", code]
+    variables = os.environ | {"PYTHONPATH": f"{tree}:{ROOT}"}
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    patches, ours, _ = done.stdout.split()[-3:]
+    assert int(patches) == 15 and float(ours) != 0 and "newly initialized" not in done.stderr

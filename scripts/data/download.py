@@ -15,6 +15,7 @@ HF_HUB_ENABLE_HF_TRANSFER=1 is for lines above 1 Gb/s: a file of the hub that is
 import argparse
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -36,8 +37,8 @@ from urllib.parse import urlsplit
 from tqdm import tqdm
 
 from scripts import config
-from scripts.common import lock, write_whole
-from scripts.data import rows, weights
+from scripts.common import lock, sha256, write_whole
+from scripts.data import rows, subset, weights
 from scripts.data.disk import DATA, DataError, files, hash_all, say
 from scripts.outside import checked_name, matches, scrub
 
@@ -74,6 +75,9 @@ class Source:
     only: list[str] = field(default_factory=list)
     unpack: bool = False
     files: int = 0
+    of: str = ""
+    below: str = ""
+    every: int = 0
     tasks: list[str] = field(default_factory=list)
     rename: dict[str, str] = field(default_factory=dict)
     generation_config: dict[str, bool] = field(default_factory=dict)
@@ -99,6 +103,7 @@ def needed(loaded: dict) -> tuple[list[Source], list[Path], list[rows.Stage]]:
     stages = [rows.Stage.of(loaded, name) for name in ("pretrain", "finetune")]
     models = {Path(loaded["train"][key]) for key in ("model_name_or_path", "vision_tower")}
     paths, tasks = {*(s.data for s in stages), *(s.pictures for s in stages), *models}, set(loaded["tasks"])
+    paths |= {Path(s.of) for s in sources if s.of and s.to in paths}
     chosen = [s for s in sources if paths & {s.to, *s.to.parents} or tasks & set(s.tasks)]
     provided = {path for source in chosen for path in (source.to, *source.to.parents)}
     return chosen, sorted(paths - provided), stages
@@ -136,6 +141,32 @@ def take(source: Source) -> None:
     if source.to.is_file() and source.sha256 not in ("", *sums.values()):
         raise DataError(f"{source.to} has not the sha256 of sources.toml: move it away and run again")
     record(source, sums)
+
+
+def check_part(source: Source) -> None:
+    """Makes a list that is a part of another one where it is missing. Raises DataError where another list is there, or
+    where the rule gives another one than at its first use."""
+    there = source.to.is_file()
+    if there and source.sums.is_file() and source.sums.read_text("utf-8").split("  ")[0] == sha256(source.to):
+        return
+    made = subset.part(Path(source.of), source.below, source.every)
+    rule = subset.rule(Path(source.of), source.below, source.every)
+    digest, locks = hashlib.sha256(made).hexdigest(), read_locks()
+    if there and source.to.read_bytes() != made:
+        raise DataError(f"{source.to} is not {rule}: move it away and run again")
+    where, trusted = LOCK, locks.get(source.name, {}).get("sha256", {}).get(source.to.name)
+    if source.sha256:
+        where, trusted = CATALOG, source.sha256
+    if trusted not in (None, digest):
+        raise DataError(f"{source.name}: {rule} has sha256 {digest}, and {where} says {trusted}: if the other list is "
+                        "meant, remove the hash there")  # fmt: skip
+    if not there:
+        source.to.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(source.to, made)
+        say(f"{source.name}: {source.to} is {rule}; trusted at first use: it has sha256 {digest}")
+    locks[source.name] = {"sha256": {source.to.name: digest}}
+    write_whole(LOCK, json.dumps(locks, indent=1, sort_keys=True))
+    record(source, {str(source.to): digest})
 
 
 def record(source: Source, sums: dict[str, str]) -> None:
@@ -576,7 +607,11 @@ def main(argv: list[str]) -> int:
     try:
         sources, own, stages = needed(config.load(args.experiment))
         problems = [f"{args.experiment} needs {path}, which is not there" for path in own if not path.exists()]
-        problems += bring(sources, offline)
+        parts = [source for source in sources if source.of]
+        problems += bring([source for source in sources if not source.of], offline)
+        for source in parts if not problems else []:
+            with alone(DATA / ".lock"):
+                check_part(source)
         if not problems:
             problems = list(filter(None, (lacking(source, args.verify) for source in sources)))
         if not problems:

@@ -48,13 +48,13 @@ class Sight(TypedDict):
     p: float
 
 
-def per_unit(run: Run, name: str, column: str, seeds: list[str]) -> dict[str, Array] | None:
-    """{stratum: [n]} of one experiment and column, seeds averaged: questions are what is sampled. None: unknown."""
+def per_seed(run: Run, name: str, column: str, seeds: list[str]) -> dict[str, Array] | None:
+    """{stratum: [seeds, n]} of one experiment and column. None: not known of a seed."""
     values = [run.results[name, column][seed].value for seed in seeds]
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return None
-    return {stratum: np.mean([value[stratum] for value in known], axis=0) for stratum in known[0]}
+    return {stratum: np.stack([value[stratum] for value in known]) for stratum in known[0]}
 
 
 def cell(run: Run, name: str, column: Column) -> Cell | None:
@@ -63,15 +63,15 @@ def cell(run: Run, name: str, column: Column) -> Cell | None:
     if not results:
         return None
     seed, one = next(iter(results.items()))
-    per_seed = [result.score for result in results.values()]
-    value = per_unit(run, name, column.name, list(results))
+    scores = [result.score for result in results.values()]
+    value = per_seed(run, name, column.name, list(results))
     out: Cell = {
         "n": sum(map(len, one.units.values())) if one.units else one.rows,
         "whole": column.n in (None, one.rows),
-        "score": float(np.mean(per_seed)),
-        "stderr": statistics.stderr(list(value.values())) if value else None,
-        "per_seed": per_seed,
-        "seed_sd": statistics.sd(per_seed),
+        "score": float(np.mean(scores)),
+        "stderr": statistics.stderr([units_Sn.mean(0) for units_Sn in value.values()]) if value else None,
+        "per_seed": scores,
+        "seed_sd": statistics.sd(scores),
         "version": run.evaluations[seed, name, column.task].version,
     }
     if name in ROWS and column.table:
@@ -104,7 +104,8 @@ def scores(run: Run) -> dict[str, Any]:
     return {"table": table, "paired": paired, "delta": gains}
 
 
-Compared = tuple[list[float], Array | None, list[str]]  # scores and bootstrap draws, [ours, baseline] each; the seeds
+# Scores [2, seeds] and bootstrap draws [2, resamples], ours and the baseline's; the seeds.
+Compared = tuple[Array, Array | None, list[str]]
 
 
 def compare(run: Run, name: str, column: str, k: int) -> Compared | None:
@@ -113,16 +114,19 @@ def compare(run: Run, name: str, column: str, k: int) -> Compared | None:
     seeds = [seed for seed in run.seeds if all(seed in result for result in results)]
     if not seeds:
         return None
-    a, b = (per_unit(run, n, column, seeds) for n in (name, run.variants[0]))
-    # A seed each: the delta's columns are drawn independently.
+    a, b = (per_seed(run, n, column, seeds) for n in (name, run.variants[0]))
+    # A seed each: the questions of the delta's columns are drawn independently.
     draws = sum(statistics.resample(a[s], b[s], seed=[k, i]) for i, s in enumerate(a)) if a and b else None
-    score = [float(np.mean([result[seed].score for seed in seeds])) for result in results]
-    return score, None if draws is None else np.asarray(draws), seeds
+    scores_2S = np.array([[result[seed].score for seed in seeds] for result in results])
+    return scores_2S, None if draws is None else np.asarray(draws), seeds
 
 
 def difference(compared: Compared, ours: Cell | None, base: Cell | None) -> Interval:
-    score, draws, _ = compared
+    scores_2S, draws, _ = compared
+    score = scores_2S.mean(1)
     pair = statistics.interval(score[0] - score[1], None if draws is None else draws[0] - draws[1])
+    if (smallest := statistics.smallest(list(scores_2S[0] - scores_2S[1]))) is not None:
+        pair["smallest"] = smallest
     if ours and base and "paper" in ours and "paper" in base:
         pair["paper"] = ours["paper"] - base["paper"]
         pair["verdict"] = verdicts.claim(pair, ours["whole"] and base["whole"])
@@ -131,17 +135,19 @@ def difference(compared: Compared, ours: Cell | None, base: Cell | None) -> Inte
 
 def gain(run: Run, name: str, both: dict[str, Compared], of: int) -> Gain:
     """A table's delta over the columns that are there, with its bootstrap and its spread over the seeds."""
-    score, draws, seeds = zip(*both.values(), strict=True)
+    scores_2S, draws, seeds = zip(*both.values(), strict=True)
     known = [draw for draw in draws if draw is not None]
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.mean([100 * (a / b - 1) for a, b in known], axis=0) if len(known) == len(draws) else None
-    per_seed = [
+    gains = [
         delta(*([run.results[n, column][seed].score for column in both] for n in (name, run.variants[0])))
         for seed in seeds[0]
         if all(seed in some for some in seeds)
     ]
-    found = statistics.interval(delta(*zip(*score, strict=True)), mean)
-    return {**found, "seed_sd": statistics.sd(per_seed), "over": len(both), "of": of}
+    found = statistics.interval(delta(*zip(*(score.mean(1) for score in scores_2S), strict=True)), mean)
+    if (smallest := statistics.smallest(gains)) is not None:
+        found["smallest"] = smallest
+    return {**found, "seed_sd": statistics.sd(gains), "over": len(both), "of": of}
 
 
 def sight(run: Run) -> list[Sight]:

@@ -19,15 +19,25 @@ class Interval(TypedDict):
     p: float | None
     paper: NotRequired[float]  # what the paper's printed scores give
     verdict: NotRequired[str]
+    smallest: NotRequired[float]  # true value that so many seeds, spread as these, show four times in five
 
 
-def resample(a_n: Array, b_n: Array, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> Array:
-    """Means of a and of b, [2, resamples], over the same n samples drawn with replacement."""
-    pairs, count = np.unique(np.stack([a_n, b_n]), axis=1, return_counts=True)  # few differ: 214,354 rows in a second
-    rng, chunk = np.random.default_rng(seed), max(1, 10**7 // len(count))  # bounds the memory
+def resample(a_Sn: Array, b_Sn: Array, resamples: int = RESAMPLES, seed: int | Sequence[int] = 0) -> Array:
+    """Means of a and of b, [2, resamples], over the same S seeds and the same n samples, both drawn with replacement.
+
+    a_Sn, b_Sn: [S, n], or [n] of one seed. `seed` is that of the samples' draws: those of the seeds are the same in
+    every call, as one training has a score in every column."""
+    ours_Sn, base_Sn = np.atleast_2d(a_Sn), np.atleast_2d(b_Sn)
+    count_S = len(ours_Sn)
+    values, count = np.unique(np.concatenate([ours_Sn, base_Sn]), axis=1, return_counts=True)  # few differ: 214,354
+    rng, chunk = np.random.default_rng(seed), max(1, 10**7 // len(count))  # rows in a second; bounds the memory
     sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
-    draws = [rng.multinomial(count.sum(), count / count.sum(), size) @ pairs.T for size in sizes]
-    return np.asarray(np.concatenate(draws).T / count.sum(), dtype=np.float64)
+    drawn = [rng.multinomial(count.sum(), count / count.sum(), size) @ values.T for size in sizes]
+    means_2RS = np.stack(np.split(np.concatenate(drawn) / count.sum(), 2, axis=1))
+    if count_S == 1:
+        return np.asarray(means_2RS[..., 0], dtype=np.float64)
+    weights_RS = np.random.default_rng(0).multinomial(count_S, np.full(count_S, 1 / count_S), resamples) / count_S
+    return np.asarray((means_2RS * weights_RS).sum(-1), dtype=np.float64)
 
 
 def interval(value: float, draws: Array | None) -> Interval:
@@ -63,7 +73,15 @@ def stderr(strata: Sequence[Array]) -> float | None:
 
 def detectable(seeds: int) -> float:
     """The true difference, in SDs of the seeds' differences, that a paired t-test at p < 0.05 (two-sided) sees with a
-    power of 80%. seeds: 3 or more. What the test sees in the wrong direction is left out: less than a millionth."""
+    power of 80%. seeds: 3 or more, for two tell their SD too badly. What the test sees in the wrong direction is left
+    out: less than a millionth."""
     critical, root = stats.t.ppf(0.975, seeds - 1), np.sqrt(seeds)
     found = optimize.brentq(lambda d: 1 - stats.nct.cdf(critical, seeds - 1, d * root) - 0.8, 0.01, 10 / root)
     return float(found)
+
+
+def smallest(differences: Sequence[float]) -> float | None:
+    """The true difference that so many seeds, whose differences are these, show four times in five; in their units.
+    None of fewer than three."""
+    spread = sd(differences)
+    return None if len(differences) < 3 or spread is None else detectable(len(differences)) * spread

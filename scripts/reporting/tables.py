@@ -108,23 +108,27 @@ def said(value: Any) -> str:
 def differences(groups: Groups, columns: Columns, of_paper: bool) -> Markdown:
     """Each column's paired difference to the baseline, and each table's delta."""
     rows = []
+    seen = any("smallest" in pair for group in groups.values() for pairs in group["paired"].values()
+               for pair in pairs.values())  # fmt: skip
     for group in groups.values():
         for name, pairs in group["paired"].items():
             for number, in_table in by_table(columns):
                 for column in (column["name"] for column in in_table if column["name"] in pairs):
-                    rows.append([name, column, *numbers(pairs[column]), *cited(pairs[column], of_paper)])
+                    rows.append([name, column, *numbers(pairs[column], seen), *cited(pairs[column], of_paper)])
                 gain = group["delta"][name].get(number)
                 if gain and gain["value"] is not None:
                     label = f"Δ in %{f', Table {number}' if number else ''}{part(gain)}"
-                    rows.append([name, label, *numbers(gain), *cited(gain, of_paper)])
-    header = ["Method", "Column", "Difference", "95% CI", "p"]
+                    rows.append([name, label, *numbers(gain, seen), *cited(gain, of_paper)])
+    header = ["Method", "Column", "Difference", "95% CI", "p", *(["Smallest seen"] if seen else [])]
     return table([*header, *(["Paper", "Verdict"] if of_paper else [])], rows)
 
 
-def numbers(interval: Mapping[str, Any]) -> list[str]:
+def numbers(interval: Mapping[str, Any], seen: bool) -> list[str]:
+    """seen: whether the smallest effect that could have been seen is told too."""
+    smallest = [f"{interval['smallest']:.2f}" if "smallest" in interval else NONE] if seen else []
     if not interval["ci95"]:
-        return [signed(interval["value"]), NONE, NONE]
-    return [signed(interval["value"]), ci(interval["ci95"]), f"{interval['p']:.2g}"]
+        return [signed(interval["value"]), NONE, NONE, *smallest]
+    return [signed(interval["value"]), ci(interval["ci95"]), f"{interval['p']:.2g}", *smallest]
 
 
 def cited(interval: Mapping[str, Any], of_paper: bool) -> list[str]:

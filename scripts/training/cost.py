@@ -9,9 +9,10 @@ PER_DEVICE. --runs: how many trainings there are of each EXPERIMENT; its variant
 
 Training. A forward pass costs 2 FLOPs per weight and token, and causal attention 2 L d T per token. Gradient
 checkpointing runs it twice; the backward pass costs two more where the weights train (stage 2), one where gradients
-only pass through (stage 1). The vision tower runs forward once. A GPU gives UTILISATION of its dense bf16 peak.
+only pass through (stage 1). The vision tower runs forward once. A GPU gives UTILISATION of its dense bf16 peak, or
+waits for the CPU, which takes LAYER seconds to start the kernels of a layer.
 Memory, for the longest batch that there can be: weights, gradients and Adam's fp32 states (2 + 2 + 12 bytes a weight)
-as ZeRO shards them, the layers ZeRO-3 has gathered, one checkpoint per layer, and the logits.
+as ZeRO shards them, the layers ZeRO-3 has gathered, one checkpoint per layer or what it keeps without, and the logits.
 
 Evaluation, one question at a time (lmms-eval at batch size 1; a larger batch changes answers): the vision tower and the
 prompt as above, then each further token waits for all weights to be read or for each layer's kernels to be started,
@@ -110,6 +111,10 @@ DATA = {
     # Rows: LLaVA issue 657 (40,688 have no image). Text: 1,548 bytes of JSON a row, less about a fifth of markup, at 4
     # bytes a token: assumed. Text-only rows reach model_max_length.
     "data/llava_v1_5_mix665k.json": Data(rows=665_298, with_image=1 - 40_688 / 665_298, text=300, longest=2048),
+    # The parts of both, by the rules of scripts/data/sources.toml. Of the second, 364,100 rows have a picture of COCO
+    # (LLaVA issue 657); their text is taken to be as long as that of all.
+    "data/small/blip_laion_cc_sbu_558k.json": Data(rows=math.ceil(558_128 / 72), with_image=1, text=20, longest=128),
+    "data/small/llava_v1_5_mix665k.json": Data(rows=math.ceil(364_100 / 38), with_image=1, text=300, longest=2048),
 }
 ASKED = {
     "vqav2_val": Asked(60, 3),
@@ -169,6 +174,10 @@ def known(name: str, of: Mapping[str, object]) -> None:
         raise config.ConfigError(f"nothing is known of {name}: it is reckoned for {', '.join(of)}")
 
 
+def told(hours: float) -> str:
+    return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
+
+
 def heading(memories: list[int], what: str) -> str:
     return "   GPUs" + "".join(f"{f'{card_of(gib).name}, {gib} GB':>34}" for gib in memories) + f"   {what}"
 
@@ -189,7 +198,8 @@ class Cost:
         (self.llm, self.tower), self.data = (MODELS[name] for name in self.names), DATA[train["data_path"]]
         self.backbone = experiment["backbone"]
         self.global_batch, self.per_device = train["global_batch"], train["per_device_train_batch_size"]
-        self.passes = (2 if train["gradient_checkpointing"] else 1) + (1 if stage == "pretrain" else 2)
+        self.checkpointing = train["gradient_checkpointing"]
+        self.passes = (2 if self.checkpointing else 1) + (1 if stage == "pretrain" else 2)
         self.longest = min(self.tower.to_decoder + self.data.longest, train["model_max_length"])
         self.gathers = train["deepspeed"].endswith("zero3.json")
         self.steps = math.ceil(self.data.rows / self.global_batch)
@@ -197,10 +207,14 @@ class Cost:
         self.checkpoints = min(train["save_total_limit"], self.steps // train["save_steps"])
         self.row_tokens = self.data.text + self.data.with_image * self.tower.to_decoder
 
-    def hours(self, gpus: int, card: Card = A100) -> float:
+    def hours(self, gpus: int, card: Card = A100, per_device: int | None = None) -> float:
+        """per_device: the config's, if it is not given."""
+        per_device = per_device or self.per_device
         forward = 2 * self.llm.matmul + 2 * self.llm.layers * self.llm.d * self.row_tokens
         row = forward * self.passes * self.row_tokens + 2 * self.tower.matmul * self.tower.tokens * self.data.with_image
-        return self.data.rows * row / (card.peak * UTILISATION * gpus) / 3600
+        # A small model on a fast GPU waits for the CPU, which starts each layer's kernels in each pass.
+        started = (self.llm.layers * self.passes + self.tower.layers) * LAYER
+        return self.data.rows / gpus * max(row / (card.peak * UTILISATION), started / per_device) / 3600
 
     def memory(self, gpus: int, per_device: int) -> float:
         """GiB on each GPU at the longest batch."""
@@ -211,7 +225,10 @@ class Cost:
             sharded = (4 + 12 / gpus) * self.llm.weights
         state = frozen if self.stage == "pretrain" else sharded
         tokens = per_device * self.longest
-        checkpoints = 2 * self.llm.layers * self.llm.d * tokens
+        # A checkpoint is a layer's input. Without, what a layer keeps: 16 d + 8 ffn bytes of what bf16 matrices take
+        # and give, and 16 d of the two norms, which work in fp32.
+        kept = 2 * self.llm.d if self.checkpointing else 32 * self.llm.d + 8 * self.llm.ffn
+        checkpoints = self.llm.layers * kept * tokens
         # fp32 logits, their log-softmax, the gradient and a bf16 copy. More than a layer's recomputed activations (34 d
         # bytes a token, Korthikanti et al. 2022), which come later.
         logits = 14 * self.llm.vocab * tokens
@@ -252,7 +269,7 @@ class Cost:
         lines = [
             f"stage {number} ({self.stage}): {self.data.rows:,} rows in {self.steps:,} steps of {self.global_batch}; "
             f"{self.row_tokens:.0f} tokens a row, {self.data.rows * self.row_tokens / 1e6:,.0f} M in all; "
-            f"{self.hours(1):.1f} A100-hours; disk: {self.disk():.0f} GB",
+            f"{told(self.hours(1))} A100-hours; disk: {self.disk():.0f} GB",
             heading(memories, "hours, per device x accumulation (memory)"),
         ]
         for gpus in counts:
@@ -261,8 +278,8 @@ class Cost:
                 if self.global_batch % gpus:
                     said = f"{self.global_batch} rows do not divide"
                 elif fit := self.batch(gpus, gib):
-                    hours = self.hours(gpus, card_of(gib))
-                    said = f"{hours:.1f} h, {fit[0]} x {fit[1]} ({self.memory(gpus, fit[0]):.0f} GB)"
+                    takes = told(self.hours(gpus, card_of(gib), fit[0]))
+                    said = f"{takes} h, {fit[0]} x {fit[1]} ({self.memory(gpus, fit[0]):.0f} GB)"
                 else:
                     said = f"does not fit ({self.memory(gpus, 1):.0f} GB)"
                 cells.append(said)
@@ -310,12 +327,12 @@ class Evaluation:
         share = self.rows[longest] * self.question(longest, A100) / 3600 / self.hours(1)
         rows = sum(self.rows[task] for task in self.tasks)
         lines = [
-            f"evaluation: {rows:,} questions of {len(self.tasks)} tasks, one at a time; {self.hours(1):.1f} A100-hours,"
-            f" {share:.0%} of them {longest}",
+            f"evaluation: {rows:,} questions of {len(self.tasks)} tasks, one at a time; {told(self.hours(1))} "
+            f"A100-hours, {share:.0%} of them {longest}",
             heading(memories, "hours"),
         ]
         for gpus in counts:
-            lines.append(line(gpus, [f"{self.hours(gpus, card_of(gib)):.1f} h" for gib in memories]))
+            lines.append(line(gpus, [f"{told(self.hours(gpus, card_of(gib)))} h" for gib in memories]))
         for names, task, minutes, source in PUBLIC_EVALUATION:
             if names == self.names and task in self.tasks:
                 here = self.rows[task] * self.question(task, A100) / 60
@@ -357,10 +374,11 @@ class Experiment:
         self.name, self.trained = name, [Cost(loaded, stage) for stage in stages]
         self.evaluated = Evaluation(loaded)
 
-    def hours(self, gpus: int, card: Card = A100) -> tuple[float, float]:
+    def hours(self, gpus: int, gib: int) -> tuple[float, float]:
         """Of training and of evaluation."""
-        training = sum(stage.hours(gpus, card) + START_STAGE / 3600 for stage in self.trained)
-        return training, self.evaluated.hours(gpus, card)
+        fits = [(stage.batch(gpus, gib) or (None,))[0] for stage in self.trained]
+        hours = (stage.hours(gpus, card_of(gib), n) for stage, n in zip(self.trained, fits, strict=True))
+        return sum(hours) + START_STAGE * len(self.trained) / 3600, self.evaluated.hours(gpus, card_of(gib))
 
     def fits(self, gpus: int, gib: int) -> bool:
         return all(not stage.global_batch % gpus and stage.batch(gpus, gib) for stage in self.trained)
@@ -381,8 +399,7 @@ def totals(experiments: list[Experiment], runs: int, counts: list[int], memories
     for gpus in counts:
         cells = []
         for gib in memories:
-            card = card_of(gib)
-            both = [sum(part) * runs for part in zip(*(e.hours(gpus, card) for e in experiments), strict=True)]
+            both = [sum(part) * runs for part in zip(*(e.hours(gpus, gib) for e in experiments), strict=True)]
             said = f"{both[0]:.1f} + {both[1]:.1f} = {sum(both):.1f} h ({sum(both) * gpus:.0f})"
             cells.append(said if all(e.fits(gpus, gib) for e in experiments) else "does not fit")
         lines.append(line(gpus, cells))
