@@ -277,6 +277,21 @@ def test_the_users_own_torch_extensions_are_left_alone(stage, monkeypatch, tmp_p
     )
 
 
+def test_a_compiler_that_takes_long_keeps_its_lock(tmp_path):
+    """Until it ends, however that is: then the lock that it left is removed."""
+    path = tmp_path / "ops/lock"
+    path.parent.mkdir()
+    code = f"import os, time; os.open({str(path)!r}, os.O_CREAT | os.O_EXCL); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as compiler:
+        compiler.stdout.readline()
+        os.utime(path, (0, 0))
+        launch.remove_stale_locks(tmp_path)
+        assert path.exists()
+        compiler.kill()
+    launch.remove_stale_locks(tmp_path)
+    assert not path.exists()
+
+
 # -- children
 
 

@@ -12,6 +12,7 @@ Several machines with one folder:
 """
 
 import base64
+import glob
 import json
 import os
 import re
@@ -47,7 +48,7 @@ USAGE = "scripts/train.sh EXPERIMENT pretrain|finetune [SEED [replay]]"
 # What a machine may differ in. Each step trains on the same rows whatever they are.
 SPREAD = {"ranks", "per_device_train_batch_size", "gradient_accumulation_steps"}
 FREE = {"report_to", "unlabelled"}  # may change at any time: neither moves a step that went well
-STALE = 300  # seconds; deepspeed's extensions compile in under a minute on a CPU, two on a GPU machine
+STALE = 300  # seconds, for a compiler on another machine, which cannot be asked: a minute on a CPU, two beside a GPU
 
 Settings = dict[str, str]
 
@@ -292,13 +293,24 @@ def extensions(stage: Stage) -> Path:
 
 
 def remove_stale_locks(folder: Path) -> None:
-    """torch waits without end for a compiler that was killed."""
+    """torch waits without end for a compiler that was killed. One that is at work has its lock open."""
     for path in folder.glob("*/lock"):
         try:
-            if time.time() - path.lstat().st_mtime > STALE:
+            if time.time() - path.lstat().st_mtime > STALE and not is_open(path):
                 remove_below(path, folder)
         except FileNotFoundError:
             pass
+
+
+def is_open(path: Path) -> bool:
+    """Whether a process of this user and machine has this file open."""
+    for descriptor in glob.iglob("/proc/[0-9]*/fd/*"):
+        try:
+            if os.path.samefile(descriptor, path):
+                return True
+        except OSError:  # another user's, or closed meanwhile
+            pass
+    return False
 
 
 def progress(log: Path) -> str:
