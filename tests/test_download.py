@@ -659,3 +659,19 @@ def test_a_wrong_catalog_is_one_error(world, text, message):
     Path(world.folder, "scripts/data/sources.toml").write_text(text)
     code, said = world.run()
     assert code == 2 and message in said and len(said.splitlines()) == 1
+
+
+def test_where_nobody_reads_what_it_says_it_ends_and_continues_the_next_time(world):
+    """A closed terminal: tqdm does not give its lock back, and the other threads would wait for it without end."""
+    hold = threading.Event()
+    world.server.fault = lambda handler, path: "/resolve/" in path and hold.wait(60) and False
+    process = world.start()
+    while "to download" not in process.stderr.readline():
+        pass
+    process.stderr.close()
+    hold.set()
+    assert process.wait(timeout=300) == 1
+    world.server.fault = None
+    process = world.start()
+    said = "".join(process.communicate(timeout=300))
+    assert process.returncode == 0, said

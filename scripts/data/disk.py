@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,8 +20,19 @@ class DataError(Exception):
     """What the user must mend; its text is the whole message."""
 
 
+@contextmanager
+def ends_where_nobody_reads() -> Iterator[None]:
+    """Around what tqdm writes: where that fails (a closed terminal), tqdm keeps its lock, for which every other thread
+    would wait without end. All that was begun continues the next time."""
+    try:
+        yield
+    except OSError:
+        os._exit(1)
+
+
 def say(text: str) -> None:
-    tqdm.write(f"data: {scrub(text)}", file=sys.stderr)
+    with ends_where_nobody_reads():
+        tqdm.write(f"data: {scrub(text)}", file=sys.stderr)
 
 
 def files(path: Path) -> list[str]:

@@ -39,7 +39,7 @@ from tqdm import tqdm
 from scripts import config
 from scripts.common import lock, sha256, write_whole
 from scripts.data import rows, subset, weights
-from scripts.data.disk import DATA, DataError, files, hash_all, say
+from scripts.data.disk import DATA, DataError, ends_where_nobody_reads, files, hash_all, say
 from scripts.outside import checked_name, matches, scrub
 
 LOCK = DATA / "sources.lock.json"
@@ -377,12 +377,14 @@ def progress(sources: list[Source]) -> None:
     total = sum(file.bytes for source in sources for file in source.expected.values())
     say(f"{len(sources)} to download, {gigabytes(total)}")
     every = 1 if sys.stderr.isatty() else 30
-    bar = tqdm(total=total, initial=sum(there.values()), unit="B", unit_scale=True, mininterval=0)
+    with ends_where_nobody_reads():
+        bar = tqdm(total=total, initial=sum(there.values()), unit="B", unit_scale=True, mininterval=0)
     while True:
         time.sleep(every)
         for source in sources:  # a download's folder goes when it is in place
             there[source.name] = max(there[source.name], size(source.downloads))
-        bar.update(sum(there.values()) - bar.n)
+        with ends_where_nobody_reads():
+            bar.update(sum(there.values()) - bar.n)
 
 
 def attempts(source: Source, once: Callable):
