@@ -71,8 +71,11 @@ def test_target_cuda_is_built_on_the_stand_in_base(engine, tmp_path):
         wheel.writestr("flash_attn/__init__.py", "__version__ = 'a stand-in'\n")
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.5.8\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        digest = base64.urlsafe_b64encode(hashlib.sha256(wheel.read("flash_attn/__init__.py")).digest()).decode()
-        wheel.writestr(f"{info}/RECORD", f"flash_attn/__init__.py,sha256={digest.rstrip('=')},\n")  # verify compares it
+        digests = {
+            name: base64.urlsafe_b64encode(hashlib.sha256(wheel.read(name)).digest()) for name in wheel.namelist()
+        }
+        lines = [f"{name},sha256={digest.decode().rstrip('=')},\n" for name, digest in digests.items()]
+        wheel.writestr(f"{info}/RECORD", "".join(lines))  # verify compares it
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -223,6 +223,18 @@ def test_a_change_in_an_environment_is_seen(tmp_path):
     assert "x.py: No such file" in verify.packages(tmp_path)[0]
 
 
+def test_a_record_that_is_wrong_as_published_is_known(tmp_path):
+    """decord 0.6.0's, of both upstreams' pins. What the published wheel has is right, and nothing else."""
+    info = tmp_path / "lib/python3.10/site-packages/decord-0.6.0.dist-info"
+    info.mkdir(parents=True)
+    line = f"{info.name}/top_level.txt,sha256=8TBMC8W9caRfSBphoy47j2wFImKqCOgWKD3JVELo5e0,17\n"
+    (info / "RECORD").write_text(line)
+    (info / "top_level.txt").write_text("decord\n")
+    assert verify.packages(tmp_path) == []
+    (info / "top_level.txt").write_text("other\n")
+    assert "top_level.txt is not the file" in verify.packages(tmp_path)[0]
+
+
 # -- env.sh
 
 
