@@ -1,5 +1,6 @@
 """What the observer takes for text and image, and what it refuses, on the smallest model that has a decoder."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -90,9 +91,9 @@ def test_the_place_of_an_image_that_no_config_names_is_asked_for():
     model = Model()
     model.config = SimpleNamespace()
     with vista_patch.patch(model):
-        with pytest.raises(RuntimeError, match=rf"name it: model\.config\.image_token_id = {IMAGE}"):
+        with pytest.raises(RuntimeError, match=rf"name it: model\.config\.image_token_ids = \[{IMAGE}\]"):
             model(**inputs())
-        model.config.image_token_id = IMAGE  # as the message says
+        model.config.image_token_ids = [IMAGE]  # as the message says
         loss = model(**inputs())["loss"]
     torch.testing.assert_close(
         (loss - model(**inputs())["loss"]).double(), expected(model, inputs()), rtol=1e-5, atol=1e-6
@@ -120,6 +121,48 @@ def test_models_on_which_the_term_has_no_meaning_are_refused_by_name(given, matc
     model = Model()
     model.decoder.register_forward_pre_hook(lambda module, args, kwargs: (args, kwargs | given), with_kwargs=True)
     with vista_patch.patch(model), pytest.raises(RuntimeError, match=match):
+        model(**inputs())
+
+
+class Blocks(Decoder):
+    """Makes the mask of its blocks itself."""
+
+    class Block(nn.Module):
+        def forward(self, hidden_states, attention_mask=None):
+            return hidden_states
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask, self.blocks = mask, nn.ModuleList([self.Block()])
+
+    def forward(self, inputs_embeds=None, attention_mask=None):
+        return super().forward(self.blocks[0](inputs_embeds, self.mask))
+
+
+SEEN = {  # which of the later positions a token attends to; the last image is at 3
+    "causal": (lambda b, h, q, k: k <= q, False),
+    "all": (lambda b, h, q, k: k < 7, True),
+    "images, each other": (lambda b, h, q, k: (k <= q) | (q >= 2) & (q < 4) & (k >= 2) & (k < 4), False),
+}
+
+
+@pytest.mark.parametrize("form", ("bool", "bool of what is hidden", "added", "flex"))
+@pytest.mark.parametrize("attends,leaks", SEEN.values(), ids=SEEN)
+def test_images_that_attend_to_later_text_are_seen_in_every_form_of_a_mask(attends, leaks, form):
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    at = torch.arange(7)
+    mask = attends(0, 0, at[:, None], at).expand(1, 1, 7, 7)
+    mask = {
+        "bool": mask,
+        "bool of what is hidden": ~mask,
+        "added": torch.zeros(mask.shape).masked_fill(~mask, -1e9),
+        "flex": create_block_mask(attends, 2, 1, 7, 7, device="cpu"),
+    }[form]
+    model = Model()
+    model.decoder = Blocks(mask)
+    error = pytest.raises(RuntimeError, match="its image tokens attend to later text") if leaks else nullcontext()
+    with vista_patch.patch(model), error:
         model(**inputs())
 
 
@@ -232,9 +275,13 @@ def test_packing_that_does_not_say_where_samples_begin_is_refused(how):
         model(**inputs([[*ROWS[0], *ROWS[0]]]), **how)
 
 
+@pytest.mark.parametrize("decoder", (Decoder, Scaling))
 @pytest.mark.parametrize("backend", ("eager", "aot_eager"))
-def test_a_compiled_model_gives_the_eager_ones_numbers(backend):
+def test_a_compiled_model_gives_the_eager_ones_numbers(backend, decoder):
     eager, compiled = Model(), Model()
+    for model in (eager, compiled):
+        torch.manual_seed(0)
+        model.decoder = decoder()
     torch._dynamo.reset()
     run = torch.compile(compiled, backend=backend)
     with vista_patch.patch(eager), vista_patch.patch(compiled):

@@ -41,8 +41,8 @@ MEND = (
 TEXT_LOST = (
     "row {0}: token {1} of input_ids did not arrive as its embedding gave it (the next text there is {2}; -1: none). "
     "Where text is altered, dropped or reordered before the decoder, x_t is not known. If token {1} is the place of an "
-    "image, name it: model.config.image_token_id = {1}. If rows are cut at a longest length, set "
-    "model.config.tokenizer_model_max_length to it. Or set model.config.vista = {{'metric': 'off'}}"
+    "image, name it: model.config.image_token_ids = [{1}], with all others of that kind. If rows are cut at a longest "
+    "length, set model.config.tokenizer_model_max_length to it. Or set model.config.vista = {{'metric': 'off'}}"
 )
 
 PACKED = (
@@ -93,7 +93,8 @@ class Step:
         self.embedded: list[Embedded] = []
         self.runs: list[Run] = []
         self.looked_up = 0  # runs that got ids in place of embeddings
-        self.entered: Tensor | None = None
+        self.entered: Tensor | None = None  # what the first block got, and its mask
+        self.masked: Any = None
         self.in_loss = False
         self.raises = adds or "labels" not in given  # labels=None is said on purpose: only the log can tell it is wrong
         self.why = "the loss that its forward returns is not the one that is trained on"
@@ -113,10 +114,11 @@ class Step:
     def on_entry(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.entered is None:
             self.entered = args[0] if args else kwargs.get("hidden_states")
+            self.masked = bind(block.forward, args, kwargs).get("attention_mask")
 
     def on_decoded(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The term of this run, as soon as the decoder returns: later the logits would be in memory beside it."""
-        entered, self.entered = self.entered, None
+        (entered, masked), self.entered, self.masked = (self.entered, self.masked), None, None
         if torch.is_grad_enabled() != self.gradient:
             return  # a run that is only looked at
         own, name = bind(decoder.forward, args, kwargs), type(decoder).__name__
@@ -136,12 +138,14 @@ class Step:
         ids, seen, mask = (self.given.get("input_ids"), self.given.get("attention_mask"), own.get("attention_mask"))
         if not torch.is_tensor(ids) or not self.embedded:
             raise self.error(
-                f"its decoder, {name}, got embeddings of tokens that were not seen: pass input_ids, not inputs_embeds"
+                f"its decoder, {name}, got embeddings that its get_input_embeddings() did not give: pass input_ids, "
+                "not inputs_embeds"
             )
         if x.shape[:2] != h.shape[:2] or len(x) != len(ids):
             raise self.error(
                 f"its decoder, {name}, got {tuple(x.shape[:2])} (rows, positions) and returned {tuple(h.shape[:2])} "
-                f"for {len(ids)} rows of input_ids: rows are packed or dropped on the way, so the term has no place"
+                f"for {len(ids)} rows of input_ids: rows are packed or dropped on the way, or not the first axis, so "
+                "the term has no place"
             )
         if torch.is_tensor(seen) and seen.ndim != 2:
             raise self.error(PACKED.format(f"a {seen.ndim}-D attention_mask"))
@@ -150,8 +154,9 @@ class Step:
         text, image, doubts = self.kinds(x, ids, real, masks[0] > 0 if masks else None)
         if torch.is_tensor(seen) and seen.dtype != torch.bool:
             doubts.append((PACKED.format("an attention_mask of 1, 2, ..."), flag(seen > 1)))
-        for wide in mask.values() if isinstance(mask, dict) else [mask]:
-            if torch.is_tensor(wide) and wide.ndim == 4 and wide.shape[-2:] == (x.shape[1],) * 2:
+        for wide in [*(mask.values() if isinstance(mask, dict) else [mask]), masked]:
+            square = torch.is_tensor(wide) and wide.ndim == 4 and wide.shape[-2:] == (x.shape[1],) * 2
+            if square or hasattr(wide, "mask_mod"):
                 doubts.append((LOOKS_AHEAD, leak(wide, text, image)))
         x = self.scaled(x, entered, text)
         vista = self.compute(x, h, text, image, self.samples(own, x, doubts))
@@ -445,14 +450,22 @@ def flag(wrong: Tensor, *figures: Tensor) -> Tensor:
     return nn.functional.pad(found, (0, 4 - len(found)))
 
 
-def leak(wide: Tensor, text: Tensor, image: Tensor) -> Tensor:
-    """Whether a row's last image token attends to later text. wide: [B or 1, heads or 1, L, L], bool or added."""
+def leak(mask: Any, text: Tensor, image: Tensor) -> Tensor:
+    """Whether a row's last image token attends to later text.
+
+    mask: [B or 1, heads or 1, L, L], bool or added to the scores, or flex attention's BlockMask. What is bool may say
+    what is seen or what is not (MPT, BLOOM): a token sees itself.
+    """
     position = torch.arange(text.shape[1], device=text.device)
-    last = torch.where(image, position, -1).amax(1)
-    rows = wide[:, 0].expand(len(text), -1, -1)
-    row = rows.gather(1, last.clamp(min=0)[:, None, None].expand(-1, 1, rows.shape[2]))[:, 0]
-    attends = row if row.dtype == torch.bool else row > -1
-    return flag(attends & text & (position > last[:, None]) & (last >= 0)[:, None])
+    last = torch.where(image, position, -1).amax(1, keepdim=True)
+    row, at = torch.arange(len(text), device=text.device)[:, None], last.clamp(min=0)
+    if torch.is_tensor(mask):
+        mask = mask[:, 0].expand(len(text), -1, -1)
+        scores = mask[row, at, position]
+        attends = scores == mask[row, at, at] if mask.dtype == torch.bool else scores > -1
+    else:
+        attends = mask.mask_mod(row, torch.zeros_like(row), at, position[None])
+    return flag(attends & text & (position > last) & (last >= 0))
 
 
 def reaches(loss: Tensor, states: list[Tensor]) -> list[bool]:

@@ -79,8 +79,9 @@ class Attachment:
         self.trainer, self.config, self.halved = trainer, config, 0.0
         self.sums = getattr(sys.modules.get("transformers"), "__version__", "").startswith(SUMS)
         self.model: Any = find(trainer.model) if config.active else trainer.model
-        self.before = vars(self.model.config).get("vista")
-        self.model.config.vista = config.to_dict()
+        settings: Any = self.model.config
+        self.before = vars(settings).get("vista")
+        settings.vista = config.to_dict()
         self.stock: dict[str, Any] = {}
         for name in ("compute_loss", "log", "save_model") if config.active else ("log",):
             self.stock[name] = stock = getattr(trainer, name)
