@@ -177,8 +177,8 @@ def qwen2(lines, out):
 # -- a checkout whose runs are short
 
 SMALLER = {  # file below scripts: what stands there, and what makes the run short
-    "configs/llava-tiny.toml": {"max_steps = 300": "max_steps = 4", "max_steps = 400": "max_steps = 8"}
-    | {"save_steps = 100": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
+    "configs/llava-tiny.toml": {"max_steps = 300": "max_steps = 4", "max_steps = 800": "max_steps = 8"}
+    | {"save_steps = 200": "save_steps = 3", '["easyvqa", "digits", "easyvqa_blind", ': '["digits", '},
     "configs/llava-tiny-vista.toml": {'["easyvqa", "digits"]': '["digits"]'},
     "configs/llava-tiny-vista-cosine.toml": {'["easyvqa", "digits"]': '["digits"]'},
 }  # fmt: skip

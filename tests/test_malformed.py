@@ -93,7 +93,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
     "config: unknown key": (mine("[pretrain]\nlerning_rate = 1.0"), CONFIG, "did you mean 'learning_rate'?"),
     "config: unknown section": (mine("[pretrian]\nlearning_rate = 1.0"), CONFIG, "did you mean 'pretrain'?"),
     "config: key in the wrong section": (mine("learning_rate = 1.0"), CONFIG, "unknown key 'learning_rate'"),
-    "config: text for a number": (mine('[train]\nsave_steps = "5"'), CONFIG, "save_steps = '5' must be int, as 100"),
+    "config: text for a number": (mine('[train]\nsave_steps = "5"'), CONFIG, "save_steps = '5' must be int, as 200"),
     "config: bool for a number": (mine("ranks = true"), CONFIG, "ranks = True must be int"),
     "config: value for a table": (mine("train = 3"), CONFIG, "train = 3 must be a table"),
     "config: unknown base": (mine(b'base = "llava-tini"'), CONFIG, "did you mean 'llava-tiny'?"),

@@ -70,9 +70,9 @@ def pixels(png):
 def check_answer(question, answer, note):
     """Whether `answer` is right for a digit scene, from the annotation alone and by other code than the generator's."""
     seen = [d for d in note["digits"] if d is not None]
-    if question.startswith("what digit is at the "):
-        row, column = question.rstrip("?").split()[-2:]
-        return answer == str(note["digits"][2 * (row == "bottom") + (column == "right")])
+    if question.startswith("what digit is in the "):
+        place = question.rstrip("?").split()[-1]
+        return answer == str(note["digits"][2 * place.startswith("south") + place.endswith("east")])
     if question.startswith("how many"):
         return answer == ["one", "two", "three", "four"][len(seen) - 1]
     if question.startswith("what is the largest"):
@@ -238,9 +238,8 @@ def tokenizer(data, tmp_path_factory):
     from scripts.miniature import tiny_models
 
     out = tmp_path_factory.mktemp("tokenizer")
-    texts = tiny_models.sentences(data, random.Random(0))
-    lines = sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line})
-    tokenizer, _ = tiny_models.llama(lines, out)
+    texts = [text for text, _ in tiny_models.lessons(data, random.Random(0))]
+    tokenizer, _ = tiny_models.llama(tiny_models.lines(texts), out)
     tokenizer.model_max_length = 512
     return tokenizer
 
@@ -268,6 +267,55 @@ def test_stock_dataset_trains_on_exactly_the_answers(data, tokenizer, llava, cap
     finally:
         train.conversation_lib.default_conversation = before
     assert "mismatch" not in capsys.readouterr().out
+
+
+def test_the_language_model_meets_rows_in_stocks_tokens_and_targets(data, tokenizer, llava):
+    """A lesson of tiny_models.py, and what stock preprocess makes of the same row."""
+    from llava import conversation
+    from llava.train import train
+
+    from scripts.miniature import tiny_models
+
+    taught = [text for text, _ in tiny_models.lessons(data, random.Random(0))]
+    before, compared = train.conversation_lib.default_conversation, 0
+    train.conversation_lib.default_conversation = conversation.conv_templates["vicuna_v1"]
+    try:
+        for text in (text for text in taught if text.startswith(f"{tiny_models.SYSTEM} USER: <image>")):
+            rounds = [part.split(" ASSISTANT: ") for part in text.split("USER: ", 1)[1].split("</s>USER: ")]
+            turns = [
+                {"from": who, "value": value.removesuffix("</s>")}
+                for pair in rounds
+                for who, value in zip(("human", "gpt"), pair, strict=True)
+            ]
+            stock = train.preprocess([turns], tokenizer, has_image=True)
+            ids, targets = tiny_models.encoded(tokenizer, text, 1)
+            assert ids.tolist() == stock["input_ids"][0].tolist() and targets.tolist() == stock["labels"][0].tolist()
+            compared += 1
+            if compared == 200:
+                break
+    finally:
+        train.conversation_lib.default_conversation = before
+    assert compared == 200
+
+
+def test_the_words_of_an_image_token_say_what_is_there(data):
+    """By the pixels: a place with a shape's or a digit's pixels is told with it, an empty one without."""
+    for picture in tiny_data.easyvqa_split("validation")[:50] + tiny_data.digit_scenes(
+        50, "validation", random.Random(1)
+    ):
+        mask = np.any([*picture.masks.values()], axis=0)
+        side = tiny_data.SIDE // tiny_data.GRID
+        for place, words in enumerate(tiny_data.grid(picture.note)):
+            row, column = divmod(place, tiny_data.GRID)
+            inside = mask[side * row : side * (row + 1), side * column : side * (column + 1)].mean()
+            if "digits" in picture.note:
+                quarter = 2 * (row >= 2) + (column >= 2)
+                digit = picture.note["digits"][quarter]
+                assert words == ["missing" if digit is None else str(digit), tiny_data.CELLS[quarter]]
+                assert inside == 0 or digit is not None
+            else:
+                assert (inside > 0.1) == (picture.note["size"] in words)
+                assert words[-2:] == [tiny_data.DOWN[[0, 1, 1, 2][row]], tiny_data.ACROSS[[0, 1, 1, 2][column]]]
 
 
 def test_the_probe_finds_the_facts_in_the_tokens(data, tokenizer):

@@ -43,7 +43,7 @@ from scripts.common import sha256
 SEED = 0
 SHAPES = ["circle", "rectangle", "triangle"]
 COLORS = ["black", "blue", "brown", "gray", "green", "red", "teal", "yellow"]
-CELLS = ["top left", "top right", "bottom left", "bottom right"]
+CELLS = ["northwest", "northeast", "southwest", "southeast"]
 ACROSS, DOWN = ["left", "center", "right"], ["top", "center", "bottom"]
 SMALL = 300  # pixels of a shape: half of easy-vqa's have fewer
 NUMBERS = ["no", "one", "two", "three", "four"]
@@ -73,7 +73,7 @@ def easyvqa_facts(rows):
 
 class Picture(NamedTuple):
     """png: bytes. note: what is known of it: shape and color (None: not known), across, down and size, and cells (the
-    GRID x GRID places that the shape covers, row by row); or the digits (top left ... bottom right, None: empty).
+    GRID x GRID places that the shape covers, row by row); or the digits (northwest ... southeast, None: empty).
     questions: [(question, answer, type)]. masks: {object: [64, 64] bool}, of "shape", or of each quarter with a digit.
     number: easy-vqa's of the picture, or the scene's.
     """
@@ -162,7 +162,7 @@ def digit_questions(digits, rng):
     seen = [d for d in digits if d is not None]
     other = rng.choice([d for d in range(10) if d not in seen])
     out = [
-        (f"what digit is at the {cell}?", str(d), "position")
+        (f"what digit is in the {cell}?", str(d), "position")
         for cell, d in zip(CELLS, digits, strict=True)
         if d is not None
     ]
@@ -184,18 +184,33 @@ def caption(note, rng):
     if "digits" not in note:
         thing = " ".join(filter(None, [note["color"], note["shape"] or "shape"]))
         return rng.choice([f"a {thing}", f"a picture of a {thing}", f"one {thing} on a plain background"])
-    cells = [f"{d} at the {cell}" for cell, d in zip(CELLS, note["digits"], strict=True) if d is not None]
+    cells = [f"{d} in the {cell}" for cell, d in zip(CELLS, note["digits"], strict=True) if d is not None]
     count = f"{NUMBERS[len(cells)]} handwritten digit{'s' * (len(cells) > 1)}"
     return rng.choice([f"{count}: " + ", ".join(cells), ", ".join(cells), f"a picture of {count}, " + ", ".join(cells)])
 
 
-def grid(note, rng):
-    """The picture as GRID x GRID words, row by row: what an image token of each place stands for."""
+def grid(note):
+    """The words for what each of GRID x GRID image tokens shows, row by row."""
+    places = [divmod(place, GRID) for place in range(GRID**2)]
     if "digits" in note:
-        quarters = [2 * (row // 2) + column // 2 for row in range(GRID) for column in range(GRID)]
-        return ["empty" if note["digits"][q] is None else str(note["digits"][q]) for q in quarters]
-    words = [word for word in (note["color"], note["shape"]) if word] or ["shape"]
-    return [rng.choice(words) if covered else "empty" for covered in note["cells"]]
+        quarters = [2 * (2 * row // GRID) + 2 * column // GRID for row, column in places]
+        return [[digit_word(note["digits"][q]), CELLS[q]] for q in quarters]
+    thing = [word for word in (note["color"], note["shape"], note["size"]) if word]
+    return [
+        [*thing * covered, DOWN[(3 * row + 1) // GRID], ACROSS[(3 * column + 1) // GRID]]
+        for (row, column), covered in zip(places, note["cells"], strict=True)
+    ]
+
+
+def facts(note):
+    """[(key, value)] in words: what the long answers tell, too."""
+    if "digits" in note:
+        return [(cell, digit_word(digit)) for cell, digit in zip(CELLS, note["digits"], strict=True)]
+    return [(key, note[key]) for key in ("shape", "color", "across", "down", "size") if note[key]]
+
+
+def digit_word(digit):
+    return "missing" if digit is None else str(digit)
 
 
 def description(note, rng):
@@ -203,10 +218,7 @@ def description(note, rng):
     joined. Its sentences stand in random order, so that a fact's kind says nothing about its position. None where
     easy-vqa's questions leave the shape or the color open."""
     if "digits" in note:
-        told = [
-            (f" In the {cell} part of the picture the digit is ", "missing" if digit is None else str(digit))
-            for cell, digit in zip(CELLS, note["digits"], strict=True)
-        ]
+        told = [(f" In the {cell} part of the picture the digit is ", value) for cell, value in facts(note)]
     elif note["shape"] and note["color"]:
         told = [
             (" The shape that the picture shows is a ", note["shape"]),
@@ -217,7 +229,7 @@ def description(note, rng):
         ]
     else:
         return None
-    parts = [("This is what one can see in the picture, told part by part.", False)]
+    parts = [("This is what one can see in the picture, told part by part and in no order.", False)]
     for sentence, fact in rng.sample(told, len(told)):
         parts += [(sentence, False), (fact, True), (".", False)]
     return parts

@@ -8,9 +8,8 @@ clip-tiny, siglip-tiny   CLIPVisionModel or SiglipVisionModel and its image proc
                          (shape, color, the digit in each quarter) on the patch tokens that the multimodal models
                          read: hidden_states[-2], without the first token.
 llama-tiny, phi-tiny     LlamaForCausalLM and a SentencePiece BPE LlamaTokenizer, or PhiForCausalLM and a byte-level
-                         BPE CodeGenTokenizer, trained on the stage 2 conversations and on captions, with words in the
-                         image's place: a caption, or a word for each image token (tiny_data.grid). It sees no image
-                         and no held-out row.
+                         BPE CodeGenTokenizer, trained on the stage 2 conversations, captions and lists of facts. Words
+                         for what an image token shows stand in its place. It sees no image and no held-out row.
 
 A model that is there already is skipped. Each is written under another name and renamed when whole.
 """
@@ -22,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 from pathlib import Path
@@ -50,11 +50,13 @@ from scripts.miniature.tiny_data import (
     GRID,
     SEED,
     SHAPES,
+    SHORT,
     SIDE,
     anew,
     caption,
     digit_scenes,
     easyvqa_split,
+    facts,
     grid,
     size,
 )
@@ -65,14 +67,17 @@ SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VISION = {"steps": 1500, "batch": 64, "lr": 1e-3}
-LANGUAGE = {"steps": 1000, "batch": 32, "lr": 2e-3}
+LANGUAGE = {"steps": 3000, "batch": 16, "lr": 2.5e-3}
 SHAPE = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+LAYERS = 3  # of the language model
 PATCH = SIDE // GRID  # pixels
+IMAGE = -200  # an image token among ids, as in llava/constants.py
+WORDS = 5  # at most, for what an image token shows
 
 
 def train(name, parameters, loss_of_step, steps, lr, **_):
     """AdamW with warm-up and cosine decay; loss_of_step() returns the loss of a fresh batch."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
     shape = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min((i + 1) / 50, 0.5 * (1 + math.cos(math.pi * i / steps)))
     )
@@ -180,32 +185,50 @@ def make_vision(name, new, data, out):
 # Language ------------------------------------------------------------------------------------------------------------
 
 
-def sentences(data, rng, places=GRID**2):
-    """Training texts: every stage 2 conversation in the v1 format with words for its image, the last `places` of the
-    grid's or a caption's; the words of an image and its caption, as stage 1 asks for it; text only."""
+def lessons(data, rng):
+    """[(text, note)]: every stage 2 conversation in the v1 format; of each training picture its caption, as stage 1
+    asks for it, and its facts as "key: value" in random order. "<image>" stands in the image's place; the note says
+    what the image shows, and is None where there is none."""
     notes = json.loads((data / "annotations.json").read_text())
-
-    def words(note):
-        return " ".join(grid(note, rng)[-places:]) if rng.random() < 0.8 else caption(note, rng)
-
-    texts = []
+    found = []
     for row in json.loads((data / "finetune.json").read_text()):
         turns = [turn["value"] for turn in row["conversations"]]
-        if "image" in row:
-            turns[0] = words(notes[row["image"]]) + "\n" + turns[0].replace("<image>", "").strip()
-        texts.append(
-            SYSTEM
-            + "".join(
-                f" USER: {human} ASSISTANT: {gpt}</s>" if i == 0 else f"USER: {human} ASSISTANT: {gpt}</s>"
-                for i, (human, gpt) in enumerate(zip(turns[::2], turns[1::2], strict=True))
-            )
-        )
-    texts += [f"{words(note)}\n{caption(note, rng)}\n" for note in notes.values()]
-    return rng.sample(texts, len(texts))
+        pairs = zip(turns[::2], turns[1::2], strict=True)
+        text = "".join(f"USER: {human} ASSISTANT: {gpt}</s>" for human, gpt in pairs)
+        found.append((f"{SYSTEM} {text}", notes.get(row.get("image"))))
+    for note in notes.values():
+        known = facts(note)
+        listed = ", ".join(f"{key}: {value}" for key, value in rng.sample(known, len(known)))
+        found += [(f"<image>{caption(note, rng)}\n", note), (f"<image>{listed}\n", note)]
+    return rng.sample(found, len(found))
+
+
+def lines(texts):
+    """What a tokenizer is trained on."""
+    return sorted({line for text in texts for line in re.split("<image>|</s>|\n", text) if line})
+
+
+def encoded(tokenizer, text, tokens):
+    """ids and targets [L] int64 of a lesson. ids has IMAGE at the image's tokens. targets is -100 outside of the
+    answers; where there are no roles, all that follows the image is an answer."""
+    before, *after = text.replace("</s>", tokenizer.eos_token).split("<image>")
+    ids = tokenizer(before).input_ids
+    for part in after:
+        ids += [IMAGE] * tokens + tokenizer(part, add_special_tokens=False).input_ids
+    start = tokenizer(" ASSISTANT:", add_special_tokens=False).input_ids[-2:]
+    targets, answer = [], "ASSISTANT" not in text
+    for i, token in enumerate(ids):
+        answer = answer or ids[max(0, i - 2) : i] == start
+        targets.append(token if answer and token != IMAGE else -100)
+        if token == tokenizer.eos_token_id and "ASSISTANT" in text:
+            answer = False
+    return torch.tensor(ids), torch.tensor(targets)
 
 
 def llama(lines, out):
-    """Stock LLaVA masks a later turn's question on the assumption that "USER" alone is one token more than right after
+    """SYSTEM and SHORT are one token each: they say nothing here, and would be most of a short row.
+
+    Stock LLaVA masks a later turn's question on the assumption that "USER" alone is one token more than right after
     </s> (train.py, preprocess_v1: `round_len -= 1`), as in Llama's vocabulary: USER must be a piece that never merges
     with the space before it, else training ignores the row ("tokenization mismatch")."""
     import sentencepiece
@@ -217,7 +240,7 @@ def llama(lines, out):
             model_type="bpe",
             vocab_size=1000,
             byte_fallback=True,
-            user_defined_symbols=["USER", *".,:?"],
+            user_defined_symbols=["USER", *".,:?", *(text.replace(" ", "▁") for text in (f" {SYSTEM}", SHORT))],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             hard_vocab_limit=False,
@@ -226,8 +249,9 @@ def llama(lines, out):
         )
     tokenizer = LlamaTokenizer(str(out / "tokenizer.model"), legacy=False, pad_token="<unk>", model_max_length=2048)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, **SHAPE
-    )
+        vocab_size=len(tokenizer), max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **SHAPE | {"num_hidden_layers": LAYERS},
+    )  # fmt: skip
     return tokenizer, LlamaForCausalLM(config)
 
 
@@ -239,33 +263,59 @@ def phi(lines, out):
     bpe.train_from_iterator(lines, vocab_size=1000, special_tokens=["<|endoftext|>"], show_progress=False)
     bpe.save_model(str(out))
     tokenizer = CodeGenTokenizer(str(out / "vocab.json"), str(out / "merges.txt"), model_max_length=2048)
+    tokenizer.add_tokens([SYSTEM, SHORT])
     end = tokenizer.eos_token_id
     config = PhiConfig(
         vocab_size=len(tokenizer), max_position_embeddings=2048, partial_rotary_factor=0.4,
-        bos_token_id=end, eos_token_id=end, **SHAPE,
+        bos_token_id=end, eos_token_id=end, **SHAPE | {"num_hidden_layers": LAYERS},
     )  # fmt: skip
     return tokenizer, PhiForCausalLM(config)
 
 
 def make_language(name, new, data, out):
-    rng = random.Random(SEED)
-    texts = sentences(data, rng, GRID**2 - ("phi" in name))  # as many words as image tokens
-    tokenizer, model = new(
-        sorted({line for text in texts for line in text.replace("</s>", "\n").split("\n") if line}), out
-    )
+    """In an image's place stand GRID x GRID vectors (one less for Phi, as SigLIP's image tokens), each the sum of the
+    embeddings of the words for what is there (tiny_data.grid). A linear projector can give just such vectors."""
+    rng, tokens = random.Random(SEED), GRID**2 - ("phi" in name)
+    taught = lessons(data, rng)
+    tokenizer, model = new(lines(text for text, _ in taught), out)
     tokenizer.save_pretrained(out)
-    ids = sorted((tokenizer(text.replace("</s>", tokenizer.eos_token)).input_ids for text in texts), key=len)
+    known = {}  # a word's token, after a space
+
+    def words(note):
+        """[tokens, WORDS] int64; 0, which is no word's, past the last."""
+        found = torch.zeros(tokens, WORDS, dtype=torch.long)
+        for line, cell in zip(found, grid(note)[-tokens:], strict=True):
+            for i, word in enumerate(cell):
+                if word not in known:
+                    known[word] = tokenizer(f" {word}", add_special_tokens=False).input_ids[-1]
+                line[i] = known[word]
+        return found
+
+    rows = [(*encoded(tokenizer, text, tokens), note and words(note)) for text, note in taught]
+    rows.sort(key=lambda row: len(row[0]))  # neighbours in length: little padding
     print(
         f"{name}: {len(tokenizer)} tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(texts)} texts of {np.mean([len(i) for i in ids]):.0f} tokens"
+        f"{len(rows)} texts of {np.mean([len(ids) for ids, *_ in rows]):.0f} tokens"
     )
+    embedding = model.get_input_embeddings()
+    with torch.no_grad():  # what is read can be said: a copy is learned in a tenth of the steps
+        embedding.weight.normal_(std=SHAPE["hidden_size"] ** -0.5)
+        model.get_output_embeddings().weight.copy_(embedding.weight)
 
     def loss():
-        first = rng.randrange(len(ids) - LANGUAGE["batch"])  # neighbours in length: little padding
-        rows = ids[first : first + LANGUAGE["batch"]]
-        batch = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], True, -100)
-        mask = batch >= 0
-        return model(batch.clamp(min=0), attention_mask=mask.long(), labels=batch).loss
+        first = rng.randrange(len(rows) - LANGUAGE["batch"])
+        ids, targets, shown = zip(*rows[first : first + LANGUAGE["batch"]], strict=True)
+        ids, targets = (torch.nn.utils.rnn.pad_sequence(part, True, -100) for part in (ids, targets))
+        x_BLd = embedding(ids.clamp(min=0))
+        shown = [part for part in shown if part is not None]
+        if shown:
+            # A projector's vectors will miss a word here and there, and lie a little beside the others.
+            words_NW = torch.cat(shown)
+            words_NW = words_NW * (torch.rand(words_NW.shape) > 0.1)
+            image_Nd = F.embedding_bag(words_NW, embedding.weight, mode="sum", padding_idx=0)
+            image_Nd = image_Nd + 0.3 * image_Nd.std().detach() * torch.randn_like(image_Nd)
+            x_BLd = x_BLd.masked_scatter((ids == IMAGE)[:, :, None], image_Nd)
+        return model(inputs_embeds=x_BLd, attention_mask=(ids != -100).long(), labels=targets).loss
 
     train(name, list(model.parameters()), loss, **LANGUAGE)
     model.save_pretrained(out)
