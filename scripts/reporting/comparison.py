@@ -1,11 +1,12 @@
 """The numbers of a report: scores, differences to the baseline, what the baseline sees, what the probe measured."""
 
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from scipy import stats
 
-from scripts.evaluation.results import Column
+from scripts.evaluation.results import Column, Evaluation
 from scripts.reporting import instrument, statistics, verdicts
 from scripts.reporting.paper import ROWS, delta
 from scripts.reporting.runs import Run
@@ -150,6 +151,12 @@ def gain(run: Run, name: str, both: dict[str, Compared], of: int) -> Gain:
     return {**found, "seed_sd": statistics.sd(gains), "over": len(both), "of": of}
 
 
+def usual_right(evaluation: Evaluation, units: Sequence[Hashable], usual: Mapping[str, str]) -> Array:
+    """[n], 1 where the question's usual answer in training is right, else 0."""
+    asked = [evaluation.asked.get(unit) for unit in units]
+    return np.array([float(bool(known and usual.get(known[0]) == known[1])) for known in asked])
+
+
 def sight(run: Run) -> list[Sight]:
     """Per task and seed: the baseline against the better of two image-blind answers to the same questions."""
     out: list[Sight] = []
@@ -159,9 +166,8 @@ def sight(run: Run) -> list[Sight]:
         if len(values) < 2 or results[0] is None or not results[0].units:
             continue
         true, blank = (value[""] for value in values)
-        questions = run.evaluations[seed, run.variants[0], task].asked
-        asked = [questions.get(unit) for unit in results[0].units[""]]
-        frequent = np.array([100.0 * bool(known and run.usual_answers.get(known[0]) == known[1]) for known in asked])
+        evaluation = run.evaluations[seed, run.variants[0], task]
+        frequent = 100 * usual_right(evaluation, results[0].units[""], run.usual_answers)
         out.append(
             {
                 "task": task,
