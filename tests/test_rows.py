@@ -5,6 +5,7 @@ import io
 import json
 import os
 import subprocess
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -240,3 +241,25 @@ def test_the_rules_are_stocks(stage, llava, tmp_path):
                     assert trains == (name in good), (name, template)
     finally:
         conversation.default_conversation = was
+
+
+def test_tinyllavas_grouping_by_modality_needs_rows_with_and_without_a_picture(stage):
+    """get_modality_length_grouped_indices of stock unpacks both kinds, and fails where there is none of one."""
+    text = row(id=1)
+    for content, said in (([row("a.png")] * 2, "every row has a picture"), ([text] * 2, "no row has a picture")):
+        made = stage(content, PHI)
+        assert rows.check(made, decode=False) == []
+        (problem,) = rows.check(replace(made, grouped=True), decode=False)
+        assert said in problem and "set it to false in the config" in problem
+    assert rows.check(replace(stage([row("a.png"), text], PHI), grouped=True), decode=False) == []
+
+
+def test_only_tinyllavas_full_second_stage_is_grouped():
+    """The small profile's rows all have a picture, and stock LLaVA groups such a list as it is."""
+    grouped = {
+        (name, one)
+        for name in ("llava-v1.5-7b", "tinyllava-3b", "tinyllava-0.5b")
+        for one in config.STAGES
+        if rows.Stage.of(config.load(name), one).grouped
+    }
+    assert grouped == {("tinyllava-3b", "finetune")}

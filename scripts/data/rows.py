@@ -39,13 +39,15 @@ class Stage:
     backbone: str
     template: str
     longest: int  # tokens
+    grouped: bool = False  # by TinyLLaVA's group_by_modality_length
 
     @classmethod
     def of(cls, loaded: dict, name: str) -> "Stage":
         stage = loaded["train"] | loaded[name]
         template = stage.get("version") or stage["conv_version"]
         folders = Path(stage["data_path"]), Path(stage["image_folder"])
-        return cls(*folders, loaded["backbone"], template, stage["model_max_length"])
+        grouped = loaded["backbone"] == "tinyllava" and stage.get("group_by_modality_length", False)
+        return cls(*folders, loaded["backbone"], template, stage["model_max_length"], grouped)
 
     @property
     def one_pair(self) -> bool:
@@ -58,6 +60,11 @@ def check(stage: Stage, decode: bool) -> list[str]:
     wrong = [(i, fault) for i, row in enumerate(rows) if (fault := row_fault(row, stage))]
     if wrong:
         return tell(stage.data, "problems", [f"{label(rows, i)}: {fault}" for i, fault in wrong], "cannot be trained")
+    with_one = sum("image" in row for row in rows)
+    if stage.grouped and with_one in (0, len(rows)):
+        all_have = "every row has a picture" if with_one else "no row has a picture"
+        both = "stock's group_by_modality_length needs rows with and without: set it to false in the config"
+        return [f"{stage.data}: {all_have}, and {both}"]
     asked: dict[str, int] = {}  # picture -> the first row that names it
     for i, row in enumerate(rows):
         if "image" in row:
@@ -75,7 +82,6 @@ def check(stage: Stage, decode: bool) -> list[str]:
     for line in tell(stage.data, "unlabelled", silent, "have no label: stock trains nothing on them"):
         say(f"note: {line}")
     remove(stage.data, "problems")
-    with_one = sum("image" in row for row in rows)
     rest = f"{with_one} with one of {len(asked)} images of {stage.pictures}, where all are"
     say(f"{stage.data}: {len(rows)} rows, {rest}; {len(there - asked.keys())} others are there")
     return []
