@@ -107,6 +107,12 @@ def test_smoke_killed_in_stage_2_continues_and_is_green(image, tmp_path):
     assert (tmp_path / "results/smoke.xml").stat().st_uid == (os.getuid() or 1000)
 
 
+def test_a_build_that_fails_says_why_and_leaves_no_container(image):
+    code, out, err = told(sys.executable, "docker/kit.py", *BUILD[:-1], "--build-arg", "BACKBONES=nothing", "cpu")
+    assert code == 1 and "no upstream 'nothing'" in out and "the build of cpu failed" in err
+    assert told(DOCKER, "ps", "-aq")[1] == ""
+
+
 def test_the_image_holds_what_is_pinned(image, tmp_path):
     code, out, err = told(*run(tmp_path, "verify"))
     assert code == 0, out + err
