@@ -29,7 +29,8 @@ USAGE = "python -m scripts.config NAME get KEY... | NAME pretrain|finetune"
 CONFIGS = Path(__file__).parent / "configs"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")  # of an experiment and of a task: a folder's name
 STAGES = ("pretrain", "finetune")
-CHOICES = {"backbone": ("llava", "tinyllava"), "profile": ("tiny", "small", "full"), "unlabelled": ("stop", "skip")}
+PROFILES = ("tiny", "small", "public", "full")  # of setup/doctor.sh
+CHOICES = {"backbone": ("llava", "tinyllava"), "profile": PROFILES, "unlabelled": ("stop", "skip")}
 VARIABLES = {  # what the environment can say, and the key that it takes the place of
     "RANKS": "ranks", "PER_DEVICE": "per_device_train_batch_size", "REPORT_TO": "report_to", "RUN_FOLDER": "run",
 }  # fmt: skip
@@ -40,10 +41,12 @@ class ConfigError(Exception):
     pass
 
 
-def load(name: str, ranks: int | None = None) -> Config:
-    """The named config over its bases, and over it what the environment (or `ranks`) says. Raises ConfigError."""
+def load(name: str, ranks: int | None = None, tasks: list[str] | None = None) -> Config:
+    """The named config over its bases, and over it what the environment (or `ranks`) says. Raises ConfigError.
+
+    tasks: in the place of the config's, if there are any."""
     config = _read(name)
-    for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", *CHOICES):
+    for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", "checkpoint", *CHOICES):
         if key not in config:
             raise ConfigError(f"{name} has no key {key!r}: give it a base")
     variables = os.environ if ranks is None else {**os.environ, "RANKS": str(ranks)}
@@ -57,6 +60,7 @@ def load(name: str, ranks: int | None = None) -> Config:
                 table[key] = int(given)
             elif key in table:
                 table[key] = given
+    config["tasks"] = tasks or config["tasks"]
     _check(config, name)
     return config
 

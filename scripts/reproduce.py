@@ -1,8 +1,8 @@
 """The whole reproduction: a stock upstream, patched, trained in two stages as baseline, VISTA and VISTA (cosine),
-evaluated and reported.
+evaluated and reported. An experiment that is a public checkpoint is evaluated and reported alone.
 
 Every step is a script of its own, is skipped when its output is whole, and continues when it was cut off. --dry-run
-prints the steps and each training's resolved command, and needs no set-up.
+prints the steps, what is downloaded and evaluated, and each training's resolved command, and needs no set-up.
 """
 
 import os
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from scripts import common, config
 from scripts.common import ROOT, Arguments, Busy, Job, fail, lock, run_abreast, signals_raise, start
+from scripts.data import catalog
 from scripts.training import launch
 
 USAGE = (
@@ -70,6 +71,9 @@ class Plan:
 def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds: int) -> Plan:
     """For each of these experiments and its variants. Raises ConfigError."""
     loaded = {name: config.load(name) for name in names}
+    public = [name for name in names if loaded[name]["checkpoint"]]
+    if public and seeds > 1:
+        raise config.ConfigError(f"{public[0]} is a public checkpoint, which no seed changes: leave --seeds out")
     backbones = [loaded[name]["backbone"] for name in names]
     setup = [
         Step.of("", "scripts/setup/doctor.sh", profile, *backbones),
@@ -91,12 +95,10 @@ def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds
         setup += [Step.of(backbone, *command) for command in words]
         for seed in range(seeds):
             for one in experiments:
-                lane = [
-                    Step.of(backbone, "scripts/train.sh", one, "pretrain", seed),
-                    Step.of(backbone, "scripts/train.sh", one, "finetune", seed),
-                    Step.of(backbone, "scripts/eval.sh", one, seed),
-                ]
-                if profile == "tiny":
+                stages = [] if name in public else ["pretrain", "finetune"]
+                lane = [Step.of(backbone, "scripts/train.sh", one, stage, seed) for stage in stages]
+                lane.append(Step.of(backbone, "scripts/eval.sh", one, seed))
+                if profile == "tiny" and stages:
                     lane.append(Step.of(backbone, "scripts/probe.sh", one, seed))
                 lanes.append(lane)
     run = loaded[names[0]]["run"]
@@ -111,6 +113,13 @@ def show(plan: Plan) -> None:
             experiment, name, seed = step.words[1:]
             stage = launch.plan(experiment, name, seed)
             print(shlex.join([*stage.launcher(), *stage.program()]), flush=True)
+        elif step.words[0] == "scripts/data.sh":
+            for source in catalog.needed(config.load(step.words[1]))[0]:
+                hub = f"{source.repo}@{source.revision[:7] or 'main'}" if source.repo else ""
+                says = hub or source.of or source.url[0]
+                print(f"  {source.to} {'is there' if source.to.exists() else f'from {says}'}", flush=True)
+        elif step.words[0] == "scripts/eval.sh":
+            print(" ", *config.load(step.words[1])["tasks"], flush=True)
         elif step.words[0] == "scripts/setup/doctor.sh":
             subprocess.run(step.words, cwd=ROOT)  # tells the disk; what it lacks does not stop a dry run
         elif "scripts.training.cost" in step.words:
@@ -162,11 +171,11 @@ def main(argv: list[str]) -> int:
         if args.experiment is not None:
             names, variants, profile = [args.experiment], [""], config.load(args.experiment)["profile"]
         plan = make_plan(names, variants, profile, int(seeds))
-    except config.ConfigError as error:
+        if args.dry_run:
+            show(plan)
+            return 0
+    except (config.ConfigError, catalog.DataError) as error:
         fail("reproduce", str(error))
-    if args.dry_run:
-        show(plan)
-        return 0
     Path("results").mkdir(exist_ok=True)
     try:
         lock(Path("results/.lock"), lambda problem: print(f"reproduce: {problem}", file=sys.stderr))

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from scripts import config, outside
-from scripts.data import download, weights
+from scripts.data import catalog, download, weights
 from tests.helpers import COMMIT, ROOT, packed, pickled, picture, row, serving, sha256, write_catalog
 
 BIG = picture(after=24 << 20)  # more than twice what huggingface_hub writes at once
@@ -34,6 +34,8 @@ SCRIPTS = [f"data/{path.name}" for path in (ROOT / "scripts/data").glob("*.py")]
 
 class World:
     """A folder with the real scripts and a small catalog, and the server that the catalog names."""
+
+    experiment = "llava-v1.5-7b"
 
     def __init__(self, folder, server):
         self.folder, self.server = folder, server
@@ -101,7 +103,7 @@ class World:
     def start(self, *options, before=(), **variables):
         hub = {"HF_ENDPOINT": self.url, "HF_HOME": str(self.folder / "home"), "no_proxy": "127.0.0.1"}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | hub | variables
-        command = [*before, "scripts/data.sh", "llava-v1.5-7b", *options]
+        command = [*before, "scripts/data.sh", self.experiment, *options]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, cwd=self.folder, env=environment, stderr=pipe, stdout=pipe, text=True, start_new_session=True
@@ -565,6 +567,47 @@ def test_pickles_in_several_files_become_safetensors_with_an_index(tmp_path):
         assert {index[name] for name in tensors} == {f"model-{part}.safetensors"}
 
 
+@pytest.mark.parametrize("index", (b"{", b"[]", b'{"weight_map": {"w": "../w.bin"}}'))
+def test_a_broken_index_of_pickles_is_refused(tmp_path, index):
+    (tmp_path / weights.INDEX).write_bytes(index)
+    with pytest.raises(weights.WeightsError, match=f"{weights.INDEX} is no index of weights"):
+        weights.convert(tmp_path)
+
+
+def test_a_public_checkpoint_comes_with_its_vision_tower_and_nothing_that_training_needs(world):
+    """As LLaVA's: pickles in parts with their index, and mm_projector.bin, whose tensors they hold too."""
+    name, repo = "llava-v1.5-7b", "liuhaotian/llava-v1.5-7b"
+    parts = {f"pytorch_model-0000{i}-of-00002.bin": {f"w{i}": WEIGHTS["w"] + i} for i in (1, 2)}
+    listed = {key: file for file, tensors in parts.items() for key in tensors}
+    world.server.hub[repo] = {file: pickled(tensors) for file, tensors in parts.items()} | {
+        "config.json": b'{"mm_vision_tower": "openai/clip-vit-large-patch14-336"}', "tokenizer.model": b"t",
+        "pytorch_model.bin.index.json": json.dumps({"weight_map": listed}).encode(),
+        "mm_projector.bin": pickled(parts["pytorch_model-00001-of-00002.bin"]),
+    }  # fmt: skip
+    world.catalog[name] = config.tomllib.loads((ROOT / "scripts/data/sources.toml").read_text())[name]
+    world.write_catalog()
+    world.experiment = "llava-v1.5-7b-public"
+    code, said = world.run()
+    assert code == 0 and "2 pickled weight files" in said and "3 to download" in said, said
+    folder = world.folder / "data/models" / name
+    assert sorted(os.listdir(folder)) == [
+        "config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json", "tokenizer.model",
+    ]  # fmt: skip
+    assert torch.equal(load_file(folder / "model-00002-of-00002.safetensors")["w2"], WEIGHTS["w"] + 2)
+    asked = {path for method, path, *_ in world.server.log if method == "GET"}
+    assert not any(part in path for path in asked for part in ("mm_projector", "vicuna", "Pretrain", "train2017"))
+    assert world.run("--offline", "--verify") == (0, f"data: {world.experiment}: all there, every file as it was\n")
+    own = world.folder / "own"
+    own.mkdir()
+    for file, data in world.server.hub[repo].items():
+        (own / file).write_bytes(data)
+    assert [path.name for path in weights.convert(own)] == list(parts)  # a user's copy: mm_projector.bin stays as it is
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    code, said = world.run("--offline")
+    assert code == 2 and f"{name}: 1 of 5 files missing" in said and "run again" in said, said
+
+
 def test_a_token_for_a_mirror_is_warned_of_and_no_secret_is_printed(world):
     assert "your Hugging Face token" not in world.run("--offline", HF_TOKEN="hf_secretsecret")[1]
     world.catalog["coco"]["url"] = [
@@ -647,10 +690,11 @@ def test_unpacking_goes_on_where_it_was_cut_off(tmp_path):
 @pytest.mark.parametrize("experiment", sorted(p.stem for p in config.CONFIGS.glob("*.toml") if "-tiny" not in p.stem))
 def test_the_catalog_has_all_that_the_full_experiments_name(experiment):
     loaded = config.load(experiment)
-    sources, own, _ = download.needed(loaded)
+    sources, own = catalog.needed(loaded)
     assert not own and set(loaded["tasks"]) <= {task for source in sources for task in source.tasks}
     for source in sources:
-        assert bool(source.url) != bool(source.repo) and bool(source.url) == bool(source.bytes and source.sha256)
+        assert sum(map(bool, (source.url, source.repo, source.of))) == 1
+        assert bool(source.url) == bool(source.bytes and source.sha256)
         assert re.fullmatch("([0-9a-f]{64})?", source.sha256) and re.fullmatch("([0-9a-f]{40})?", source.revision)
 
 

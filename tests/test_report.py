@@ -14,12 +14,15 @@ import sys
 import threading
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy import stats
 
+from scripts import config
+from scripts.data import catalog
 from scripts.evaluation import results
 from scripts.evaluation.results import ResultError, can_cider, identity, load_columns, read, record
 from scripts.reporting import calibration, markup, paper, report, runs, statistics, verdicts
@@ -680,6 +683,106 @@ def test_trained_rows_are_read_against_the_calibration(public, tmp_path):
     assert public(0.0)["state"] == "missing"
     text = (tmp_path / "report.md").read_text()
     assert "llava-v1.5-7b-public is not evaluated" in text and "NOT CALIBRATED" not in text and "## Missing" in text
+
+
+def test_each_public_checkpoint_is_an_experiment_that_downloads_it():
+    for name, published in paper.PAPER.published.items():
+        if published.public:
+            loaded = config.load(name)
+            sources, own = catalog.needed(loaded)
+            assert not own and [s.repo for s in sources if str(s.to) == loaded["checkpoint"]] == [published.public]
+            assert set(loaded["tasks"]) == {column.task for column in load_columns()}
+
+
+def test_what_a_public_checkpoint_was_trained_on_is_said(tmp_path):
+    for name in ("tinyllava-3b-public", "tinyllava-3b"):
+        write_suite_task(tmp_path, name, "gqa", 0.5)
+    report.main([str(tmp_path)])
+    text = (tmp_path / "report.md").read_text()
+    assert "### tinyllava-3b-public" in text and "It was trained on ShareGPT4V's data" in text
+
+
+# -- a file for a challenge's server
+
+
+@pytest.fixture
+def sent(tmp_path):
+    """A whole vqav2_test of the public checkpoint, as lmms-eval 0.3.0 leaves it."""
+    folder = tmp_path / "seed0/eval/llava-v1.5-7b-public/vqav2_test"
+    write_submission(folder, range(60))
+    return folder
+
+
+def write_submission(folder, numbers):
+    (folder / "models__llava-v1.5-7b").mkdir(parents=True)
+    (folder / "submissions").mkdir()
+    answers = [{"question_id": number, "answer": "yes"} for number in numbers]
+    rows = [
+        {"doc_id": i, "target": "answer", "doc": {"question_id": answer["question_id"]}, "submission": answer}
+        for i, answer in enumerate(answers)
+    ]
+    stamp = folder / "models__llava-v1.5-7b/20260101_000000"
+    Path(f"{stamp}_samples_vqav2_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {"results": {"vqav2_test": {"alias": "vqav2_test", "submission,none": None}}}
+    found |= {"versions": {"vqav2_test": "Yaml"}, "n-samples": {"vqav2_test": {"effective": len(rows)}}}
+    Path(f"{stamp}_results.json").write_text(json.dumps(found))
+    (folder / "submissions/vqav2-test-submission-2026-01-01-00-00-00.json").write_text(json.dumps(answers))
+
+
+def resend(change):
+    def write(folder):
+        (path,) = folder.glob("submissions/*.json")
+        answers = json.loads(path.read_text())
+        path.write_text(json.dumps(change(answers)))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "damage,message",
+    [
+        (resend(lambda answers: answers[:-2]), "refuse it: questions without an answer: 2. Run scripts/eval.sh"),
+        (resend(lambda answers: [*answers, answers[0]]), "answers to a question that has one already: 1"),
+        (
+            resend(lambda answers: [*answers[:-1], answers[-1] | {"question_id": 99}]),
+            "questions without an answer: 1, answers to questions that were not asked: 1",
+        ),
+        (resend(lambda answers: [answers[0] | {"answer": 3}, *answers[1:]]), "answers that are no text: 1"),
+        (resend(lambda answers: answers[0]), "not a whole lmms-eval result of vqav2_test"),
+        (lambda folder: shutil.rmtree(folder / "submissions"), "has 0 files for the challenge's server"),
+        (lambda folder: (folder / "score.txt").write_text("78,5"), "score.txt: holds no score in %. Write what"),
+        (lambda folder: (folder / "score.txt").write_text("785"), "score.txt: holds no score in %"),
+    ],
+)
+def test_a_file_that_the_server_would_refuse_is_refused_here(sent, damage, message):
+    assert read(sent, "vqav2_test").submission.questions == 60
+    damage(sent)
+    with pytest.raises(ResultError, match=re.escape(message)):
+        read(sent, "vqav2_test")
+
+
+def test_the_file_lies_beside_the_report_and_the_servers_score_calibrates(sent, tmp_path, monkeypatch):
+    report.main([str(tmp_path)])
+    name = "llava-v1.5-7b-public"
+    beside = tmp_path / f"submissions/{name}-seed0-vqav2_test.json"
+    (file,) = sent.glob("submissions/*.json")
+    assert beside.read_bytes() == file.read_bytes()
+    text = (tmp_path / "report.md").read_text()
+    row = f"| {name} | seed0 | VQAv2 | submissions/{beside.name} | 60 of 447,793: refused | \u2013 | 78.50 | \u2013 |"
+    assert row in text and "lacks exact_match" not in text
+
+    def of_vqav2(score):
+        (sent / "score.txt").write_text(score)
+        report.main([str(tmp_path)])
+        (check,) = json.loads((tmp_path / "report.json").read_text())["calibration"][name]["checks"][:1]
+        return check["column"], check["verdict"]
+
+    assert of_vqav2("78.54\n") == ("VQAv2", "cannot tell: not the whole split")
+    whole = {task: replace(challenge, n=60) for task, challenge in results.load_challenges().items()}
+    monkeypatch.setattr(results, "load_challenges", lambda: whole)
+    # 107,394 answers: a standard error of at most 0.125. 2% of them drawn anew explain 0.05, rounding 0.05.
+    assert of_vqav2("78.59") == ("VQAv2", "within noise") and of_vqav2("78.61") == ("VQAv2", "differs")
+    assert "| 60 of 60 | 78.61 ± 0.13 | 78.50 | +0.11 |" in (tmp_path / "report.md").read_text()
 
 
 def test_the_papers_llava_row_is_the_public_checkpoints(capsys):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from scripts import config
 from scripts.data import rows
-from scripts.data.disk import DataError
+from scripts.data.catalog import DataError
 from tests.helpers import ROOT, picture, row
 
 PLAIN, V1 = ("llava", "plain"), ("llava", "v1")

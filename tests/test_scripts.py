@@ -107,6 +107,32 @@ def test_the_small_profiles_dry_run_tells_hours_disk_and_the_smallest_effect_of_
     assert "in all, 9 runs of tinyllava-0.5b; disk" in before and "the smallest true difference" in before
 
 
+def test_a_public_checkpoint_is_downloaded_evaluated_and_reported_and_nothing_is_trained():
+    code, out, err = run("scripts/reproduce.sh", "--experiment", "llava-v1.5-7b-public", "--dry-run")
+    assert code == 0, err
+    steps = [line.split("] ")[1] for line in out.splitlines() if line.startswith("[")]
+    assert steps[-4:] == [
+        "scripts/data.sh llava-v1.5-7b-public",
+        "python3 -m scripts.reporting.manifest --seeds 1 llava-v1.5-7b-public",
+        "scripts/eval.sh llava-v1.5-7b-public 0",
+        "python3 -m scripts.reporting.report results/full",
+    ]
+    assert "data/models/llava-v1.5-7b from liuhaotian/llava-v1.5-7b@4481d27" in out
+    assert "data/models/clip-vit-large-patch14-336 from openai/" in out and "vicuna" not in out
+    assert "  vqav2_val ok_vqa_val2014 gqa" in out and "evaluation: 301,921 questions of 18 tasks" in out
+    for command, message in (
+        (("scripts/reproduce.sh", "--experiment", "llava-v1.5-7b-public", "--seeds", "2"), "no seed changes: leave"),
+        (
+            ("scripts/train.sh", "llava-v1.5-7b-public", "pretrain"),
+            "it is not trained. scripts/eval.sh llava-v1.5-7b-p",
+        ),
+        (("scripts/eval.sh", "llava-v1.5-7b-public", "0", "../x"), "each must be the name of a task"),
+        (("scripts/data.sh", "llava-v1.5-7b-public", "--tasks", "../x"), "each must be the name of a task"),
+    ):
+        code, out, err = run(*command)
+        assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
 @pytest.fixture
 def reproduce(tmp_path):
     """reproduce(*options, **environment): the real reproduce.sh and upstream.sh, without GitHub; every other step only

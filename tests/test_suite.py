@@ -9,11 +9,14 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import psutil
 import pytest
 import tomllib
 
+from scripts.data import weights
+from scripts.evaluation.results import read
 from tests.helpers import ROOT
 
 COLUMNS = tomllib.loads((ROOT / "scripts/evaluation/suite.toml").read_text())["column"]
@@ -79,8 +82,9 @@ def suite(tmp_path, standins, checkpoint):
     run.mkdir(parents=True)
     (run / "llava-mine-finetune").symlink_to(checkpoint)
 
-    def start(tasks=TASKS, ranks=1, **environment):
+    def start(tasks=TASKS, ranks=1, public="", **environment):
         config = f'base = "llava-tiny-suite"\ntasks = {json.dumps(tasks)}\nranks = {ranks}\n'
+        config += f'checkpoint = "{public}"\nprofile = "full"\n' if public else ""
         (root / "scripts/configs/llava-mine.toml").write_text(config)
         environment = {"EVAL_DATA": str(standins), "MMBENCH_JUDGE": "rules"} | environment
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MMBENCH", "OPENAI"))}
@@ -279,3 +283,78 @@ def test_killed_and_continued_ends_as_if_it_had_not_been(suite):
     for task in tasks:
         assert results(suite.out / task)[0] == results(whole / task)[0]
         assert answers(suite.out / task) == answers(whole / task)
+
+
+# -- the test split of VQAv2
+
+
+@pytest.mark.suite
+def test_vqav2s_test_split_leaves_a_file_for_its_server(suite):
+    code, log = suite(["vqav2_test"])
+    assert code == 0, log
+    sent = read(suite.out / "vqav2_test", "vqav2_test").submission
+    assert (sent.questions, sent.whole, sent.score) == (8, False, None) and sent.challenge.column == "VQAv2"
+    rows = json.loads(sent.path.read_text())
+    assert sorted(row["question_id"] for row in rows) == list(range(8)) and {
+        row.keys() == {"question_id", "answer"} for row in rows
+    } == {True}
+    assert any(row["answer"] for row in rows)
+    code, log = suite(["vqav2_test"])
+    assert code == 0 and log.count("is whole, skipped") == 1
+
+
+# -- a public checkpoint
+
+PUBLIC = Path("data/models/llava-v1.5-7b")
+TOWER = Path("data/models/clip-vit-large-patch14-336")
+
+
+@pytest.fixture
+def public(suite, checkpoint, vision_tower):
+    """suite(["mmstar"], public=PUBLIC) evaluates the suite's checkpoint as if it came from the hub: in several files,
+    with the hub's name of its vision tower, and taken by data.sh."""
+    import torch
+    from safetensors.torch import load_file
+
+    folder, tower = suite.root / PUBLIC, suite.root / TOWER
+    shutil.copytree(vision_tower, tower)
+    (tower / "merges.txt").touch()
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors", "done"))
+    tensors = load_file(checkpoint / "model.safetensors")
+    names = sorted(tensors)
+    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        torch.save({name: tensors[name] for name in names if files[name] == file}, folder / file)
+    torch.save({name: tensors[name] for name in names if "mm_projector" in name}, folder / "mm_projector.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+    weights.convert(folder)
+    change(folder / "config.json", mm_vision_tower="openai/clip-vit-large-patch14-336")
+    suite(["mmstar"], public=PUBLIC)  # writes the config, and is refused
+    command = ["scripts/data.sh", "llava-mine", "--offline"]
+    done = subprocess.run(command, cwd=suite.root, capture_output=True, text=True)
+    assert "eval-MMStar is missing" in done.stderr and "llava-v1.5-7b" not in done.stderr.split("hashes it")[-1]
+    return suite
+
+
+def change(path, **settings):
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.suite
+def test_a_public_checkpoint_answers_as_the_same_one_trained_here(public):
+    code, log = public(["mmstar"])
+    assert code == 0, log
+    trained = public.out.rename(public.out.with_name("trained"))
+    code, log = public(["mmstar"], public=PUBLIC)
+    assert code == 0 and f"eval: {PUBLIC} mmstar took" in log, log
+    assert answers(public.out / "mmstar") == answers(trained / "mmstar")
+    code, log = public(["mmstar"], public=PUBLIC)
+    assert code == 0 and f"{PUBLIC} mmstar is whole, skipped" in log
+
+
+def test_a_public_checkpoint_of_another_class_is_told_before_the_first_task_starts(public):
+    """test_public.py has what else can be wrong with one."""
+    change(public.root / PUBLIC / "config.json", architectures=["LlavaForConditionalGeneration"])
+    code, log = public(["mmstar"], public=PUBLIC)
+    assert code == 2 and "the backbone llava evaluates LlavaLlamaForCausalLM" in log and len(log.splitlines()) == 1, log
+    assert not public.out.exists()

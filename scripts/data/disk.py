@@ -12,12 +12,7 @@ from tqdm import tqdm
 from scripts.common import sha256
 from scripts.outside import scrub
 
-DATA = Path("data")
 THREADS = 4  # that hash
-
-
-class DataError(Exception):
-    """What the user must mend; its text is the whole message."""
 
 
 @contextmanager

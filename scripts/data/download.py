@@ -1,6 +1,6 @@
 """Downloads, unpacks and checks what an experiment's config names; scripts/data/sources.toml says where it comes from.
 
-    python -m scripts.data.download EXPERIMENT [--offline] [--verify]
+    python -m scripts.data.download EXPERIMENT [--tasks TASK...] [--offline] [--verify]
 
 TO.partial holds what is on its way, and is continued. data/.sums/NAME lists the files of a source that lies whole in
 its place, in the form of `sha256sum --check`; it is written last. What lies there already, a link to your own copy for
@@ -29,9 +29,8 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
@@ -39,11 +38,11 @@ from tqdm import tqdm
 from scripts import config
 from scripts.common import lock, sha256, write_whole
 from scripts.data import rows, subset, weights
-from scripts.data.disk import DATA, DataError, ends_where_nobody_reads, files, hash_all, say
+from scripts.data.catalog import CATALOG, DATA, DataError, Expected, Source, needed
+from scripts.data.disk import ends_where_nobody_reads, files, hash_all, say
 from scripts.outside import checked_name, matches, scrub
 
 LOCK = DATA / "sources.lock.json"
-CATALOG = Path(__file__).with_name("sources.toml")
 AT_ONCE = 4  # sources, and files of one
 LONGEST = 600  # seconds that a server may make it wait
 TRIES = 6  # without a byte more, then it gives up: after 1 + 2 + 4 + 8 + 16 s
@@ -51,62 +50,8 @@ UNPACKED = 2  # times an archive's size: pictures do not compress, so what claim
 LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-class Expected(NamedTuple):
-    """What is known of a file before it is downloaded."""
-
-    bytes: int
-    sha256: str = ""  # as the source itself tells it, or as it is pinned
-    pinned: bool = False  # by the catalog, or by data/sources.lock.json
-
-
-@dataclass
-class Source:
-    """A table of scripts/data/sources.toml, where its keys are explained."""
-
-    name: str
-    to: Path
-    licence: str = ""
-    url: list[str] = field(default_factory=list)
-    bytes: int = 0
-    sha256: str = ""
-    repo: str = ""
-    type: str = "model"
-    revision: str = ""
-    only: list[str] = field(default_factory=list)
-    unpack: bool = False
-    files: int = 0
-    of: str = ""
-    below: str = ""
-    every: int = 0
-    tasks: list[str] = field(default_factory=list)
-    rename: dict[str, str] = field(default_factory=dict)
-    generation_config: dict[str, bool] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.to = Path(self.to)
-        self.sums = DATA / ".sums" / self.name
-        self.partial = self.to.with_name(self.to.name + ".partial")
-        self.downloads = self.partial / "download"
-        self.expected: dict[str, Expected] = {}  # plan() fills it in
-
-
 def gigabytes(count: int) -> str:
     return f"{count / 1e9:,.1f} GB" if count >= 1e8 else f"{count:,} bytes"
-
-
-def needed(loaded: dict) -> tuple[list[Source], list[Path], list[rows.Stage]]:
-    """Of a config: its sources, the paths that no source provides, and its stages' data."""
-    try:
-        sources = [Source(name, **table) for name, table in config.tomllib.loads(CATALOG.read_text("utf-8")).items()]
-    except (config.tomllib.TOMLDecodeError, TypeError) as error:
-        raise DataError(f"{CATALOG}: {error}") from None
-    stages = [rows.Stage.of(loaded, name) for name in ("pretrain", "finetune")]
-    models = {Path(loaded["train"][key]) for key in ("model_name_or_path", "vision_tower")}
-    paths, tasks = {*(s.data for s in stages), *(s.pictures for s in stages), *models}, set(loaded["tasks"])
-    paths |= {Path(s.of) for s in sources if s.of and s.to in paths}
-    chosen = [s for s in sources if paths & {s.to, *s.to.parents} or tasks & set(s.tasks)]
-    provided = {path for source in chosen for path in (source.to, *source.to.parents)}
-    return chosen, sorted(paths - provided), stages
 
 
 # What lies in its place
@@ -310,10 +255,10 @@ def warn_of_token() -> None:
 
 
 def chosen(patterns: list[str], names: Iterable[str]) -> dict[str, list[str]]:
-    """{pattern: the names that fit it}; safetensors in the place of pickled weights, where there are any."""
+    """{pattern: the names that fit it}; safetensors in the place of pickled weights (*.bin), where there are any."""
     names = list(names)
     safe = any(matches(name, weights.SAFE) for name in names)
-    patterns = [weights.SAFE if safe and pattern == weights.PICKLED else pattern for pattern in patterns]
+    patterns = [weights.SAFE if safe and pattern.endswith(".bin") else pattern for pattern in patterns]
     return {pattern: [name for name in names if matches(name, pattern)] for pattern in patterns}
 
 
@@ -598,6 +543,7 @@ def checked_members(source: Source, archive: zipfile.ZipFile, count: int) -> dic
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="scripts/data.sh", allow_abbrev=False)
     parser.add_argument("experiment")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="the data sets of these instead of the config's")
     parser.add_argument("--offline", action="store_true", help="no network: only check, and name what is missing")
     parser.add_argument("--verify", action="store_true", help="hash every file again")
     parser.add_argument("--decode", action="store_true", help="decode every picture whole, not only its header")
@@ -607,7 +553,9 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")  # goes to other addresses than HF_ENDPOINT
     offline = args.offline or os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     try:
-        sources, own, stages = needed(config.load(args.experiment))
+        loaded = config.load(args.experiment, tasks=args.tasks)
+        sources, own = needed(loaded)
+        stages = [] if loaded["checkpoint"] else [rows.Stage.of(loaded, stage) for stage in config.STAGES]
         problems = [f"{args.experiment} needs {path}, which is not there" for path in own if not path.exists()]
         parts = [source for source in sources if source.of]
         problems += bring([source for source in sources if not source.of], offline)

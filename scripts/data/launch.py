@@ -2,7 +2,8 @@
 
 For the miniature it makes them (scripts/miniature/tiny_data.py, tiny_models.py), for the others it downloads them
 (scripts/data/download.py, sources.toml). Then it checks every training row and its picture (scripts/data/rows.py).
---offline only checks and names what is missing; --verify hashes every file again; --decode decodes every picture whole.
+--tasks: the data sets of these instead of the config's. --offline only checks and names what is missing; --verify
+hashes every file again; --decode decodes every picture whole.
 TINY_DATA and TINY_MODELS are flags for the first two, by which tests make a smaller miniature: TINY_DATA="--scenes 100"
 TINY_MODELS="--vision-steps 20".
 """
@@ -36,7 +37,7 @@ def make_miniature(loaded: config.Config) -> bool:
 
 def main(argv: list[str]) -> int:
     os.chdir(ROOT)
-    usage = "scripts/data.sh EXPERIMENT [--offline] [--verify] [--decode]"
+    usage = "scripts/data.sh EXPERIMENT [--tasks TASK...] [--offline] [--verify] [--decode]"
     parser = Arguments(prog="data", usage=usage, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("experiment")
     args, _ = parser.parse_known_args(argv)

@@ -19,7 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from scripts.common import write_whole
-from scripts.data.disk import DATA, DataError, files, say
+from scripts.data.catalog import DATA, DataError
+from scripts.data.disk import files, say
 from scripts.outside import checked_name
 
 NAMED = 10  # problems that are printed; a file lists all

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from scripts.data import rows
-from scripts.data.disk import DataError
+from scripts.data.catalog import DataError
 
 
 def rule(of: Path, below: str, every: int) -> str:

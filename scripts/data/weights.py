@@ -13,9 +13,10 @@ import pickle
 import sys
 from pathlib import Path
 
-from scripts.outside import scrub
+from scripts.outside import checked_name, scrub
 
 PICKLED = "*.bin"
+INDEX = "pytorch_model.bin.index.json"  # of several pickles
 SAFE = "*.safetensors"
 WHOLE = ("model.safetensors", "model.safetensors.index.json")  # of several files the index is written last
 
@@ -25,8 +26,17 @@ class WeightsError(ValueError):
 
 
 def pickled(folder: Path) -> list[Path]:
-    """The weights in `folder` that are there as pickles alone."""
-    return [] if any((folder / name).exists() for name in WHOLE) else sorted(folder.glob(PICKLED))
+    """The weights in `folder` that are there as pickles alone: those that their index lists, where there is one.
+    Others, such as LLaVA's mm_projector.bin, repeat what these hold. Raises WeightsError for a broken index."""
+    if any((folder / name).exists() for name in WHOLE):
+        return []
+    index = folder / INDEX
+    if not index.exists():
+        return sorted(folder.glob(PICKLED))
+    try:
+        return sorted({folder / checked_name(name) for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} is no index of weights: {scrub(str(error))}") from None
 
 
 def convert(folder: Path) -> list[Path]:

@@ -1,5 +1,7 @@
 """Evaluates an experiment's checkpoint with lmms-eval 0.3.0's stock model: a run for each task, over all visible GPUs.
 
+The checkpoint is what training left, or the public one that the config names. TASKs: these instead of the config's.
+
 RUN/seedN/eval/EXPERIMENT/TASK/ holds lmms-eval's results and samples (in a folder that it names after the checkpoint),
 log.txt, and checkpoint.json, which says by a hash what was evaluated. A task whose results are whole and of this
 checkpoint is skipped; whole results of another one are moved to .replaced/.
@@ -37,7 +39,7 @@ from scripts.common import (
     start,
 )
 
-USAGE = "scripts/eval.sh EXPERIMENT [SEED]"
+USAGE = "scripts/eval.sh EXPERIMENT [SEED [TASK...]]"
 ASKS_JUDGE = "MMBENCH_JUDGE=https://HOST/v1/chat/completions asks MMBENCH_MODEL there, with OPENAI_API_KEY"
 FIND_COCO = "import importlib.util as u; print(*u.find_spec('pycocoevalcap').submodule_search_locations)"
 
@@ -52,6 +54,7 @@ class Evaluation:
     backbone: str
     environment: Path
     data: Path
+    parts: dict[str, Path]  # of a public checkpoint, by the names that its config.json has for them
     work: Path
     processes: int
     gpus: int
@@ -80,12 +83,34 @@ class Evaluation:
         given = dict(os.environ)
         given["PATH"] = f"{ROOT / self.environment}/bin:{given.get('PATH', os.defpath)}"
         given |= {"HF_DATASETS_CACHE": str((self.work if own else self.data / ".cache") / "converted")}
-        given |= {"PYTHONPATH": f"{self.work}:{ROOT}/upstream/{self.backbone}", "PYTHONUTF8": "1"}
+        given |= {"PYTHONPATH": f"{self.work / task}:{ROOT}/upstream/{self.backbone}", "PYTHONUTF8": "1"}
         given |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_TRUST_REMOTE_CODE": "0"}
         given.setdefault("HOME", str(self.work))  # datasets and torch write below it, and fail without
         if not self.gpus:  # a row at a time through a tiny model: one thread is the fastest
             given |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         return given
+
+    def make_work(self, task: str) -> None:
+        """datasets 2.16.1 and transformers find offline what the hub calls OWNER/NAME only as a folder of that name,
+        below the one that lmms-eval runs in: so it runs in one that looks like the repository, with these beside."""
+        from scripts.evaluation import suite
+
+        work = self.work / task
+        work.mkdir()
+        links = dict(self.parts)
+        if name := suite.data_of(task):
+            links["/".join(name.split("/")[-2:])] = self.data / suite.VIEWS / name
+        owners = {name.partition("/")[0] for name in links}
+        links |= {path.name: path for path in ROOT.iterdir() if path.name[0] != "." and path.name not in owners}
+        for name, path in links.items():
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).symlink_to(path)
+        if task.startswith("refcoco"):
+            # pycocoevalcap writes beside its own code, which may be read-only and which other runs share.
+            found = subprocess.run(
+                [self.environment / "bin/python3", "-c", FIND_COCO], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            shutil.copytree(found, work / "pycocoevalcap", copy_function=os.symlink)
 
     def job(self, task: str) -> Job:
         begun = time.monotonic()
@@ -97,10 +122,11 @@ class Evaluation:
             partial = self.partial(task)
             remove_below(partial, self.out)
             partial.mkdir()
+            self.make_work(task)
             with (partial / "log.txt").open("wb") as log:
                 return start(
-                    self.command(task), cwd=self.work, env=self.variables(task), stdin=subprocess.DEVNULL, stdout=log,
-                    stderr=log,
+                    self.command(task), cwd=self.work / task, env=self.variables(task), stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=log,
                 )  # fmt: skip
 
         def end(_: int) -> bool:  # lmms-eval exits 0 even when a run fails
@@ -162,7 +188,8 @@ def is_whole(folder: Path, task: str, checkpoint: Path, identity: str) -> bool:
         return False
     if there.checkpoint is not None:
         return there.checkpoint == identity
-    if (checkpoint / "done").stat().st_size:
+    done = checkpoint / "done"
+    if not done.is_file() or done.stat().st_size:
         return False
     # Both are from before results named their checkpoint, and `done` gave its date.
     record(folder, identity)
@@ -210,21 +237,6 @@ def check_tasks(tasks: Sequence[str], data: Path) -> None:
             )
 
 
-def make_work(work: Path, data: Path, tasks: Sequence[str], environment: Path) -> None:
-    """datasets 2.16.1 finds a data set offline only as a folder OWNER/NAME below the one that lmms-eval runs in: so it
-    runs in one that looks like the repository, with the data sets beside."""
-    sets = data / ".cache/sets"
-    for path in [*ROOT.iterdir(), *(sets.iterdir() if sets.is_dir() else [])]:
-        if not path.name.startswith("."):
-            (work / path.name).symlink_to(path)
-    if any(task.startswith("refcoco") for task in tasks):
-        # pycocoevalcap writes beside its own code, which may be read-only and which other runs share.
-        found = subprocess.run(
-            [environment / "bin/python3", "-c", FIND_COCO], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        shutil.copytree(found, work / "pycocoevalcap", copy_function=os.symlink)
-
-
 def wait_for_lock(out: Path) -> None:
     """Holds OUT's lock until this process ends."""
 
@@ -242,23 +254,30 @@ def main(argv: list[str]) -> int:
     parser = Arguments(prog="eval", usage=USAGE, description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("experiment")
     parser.add_argument("seed", nargs="?", default="0")
+    parser.add_argument("tasks", nargs="*", metavar="TASK")
     args = parser.parse_args(argv)
     try:
-        loaded, seed = config.load(args.experiment), config.seed(args.seed)
+        loaded, seed = config.load(args.experiment, tasks=args.tasks), config.seed(args.seed)
     except config.ConfigError as error:
         fail("eval", str(error))
     backbone, environment = loaded["backbone"], Path(loaded["environment"])
     run = Path(loaded["run"], f"seed{seed}")
-    checkpoint, out = run / f"{args.experiment}-finetune", run / "eval" / args.experiment
-    if not (checkpoint / "done").is_file():
+    checkpoint = Path(loaded["checkpoint"] or run / f"{args.experiment}-finetune")
+    out = run / "eval" / args.experiment
+    if not loaded["checkpoint"] and not (checkpoint / "done").is_file():
         fail("eval", f"{checkpoint} is not done: train this experiment first")
     if any(mark in f"{checkpoint}{out}" for mark in "=,"):
         fail("eval", f"lmms-eval takes no '=' and no ',' in a path: {checkpoint} {out}")
     if not Path("upstream", backbone).is_dir():
         fail("eval", f"upstream/{backbone} is missing: run scripts/setup/upstream.sh {backbone}")
     need_setup("eval")
+    from scripts.evaluation.checkpoint import parts
     from scripts.evaluation.results import ResultError, identity
 
+    try:
+        named = parts(args.experiment, loaded) if loaded["checkpoint"] else {}
+    except ResultError as error:
+        fail("eval", str(error))
     out.mkdir(parents=True, exist_ok=True)
     wait_for_lock(out)
     try:
@@ -280,9 +299,8 @@ def main(argv: list[str]) -> int:
     at_once = 1 if gpus else math.ceil((os.cpu_count() or 1) / processes)  # on a CPU a core for each process
     with signals_raise(), tempfile.TemporaryDirectory() as work:
         evaluation = Evaluation(
-            checkpoint, of, out.absolute(), backbone, environment, data, Path(work), processes, gpus
+            checkpoint, of, out.absolute(), backbone, environment, data, named, Path(work), processes, gpus
         )
-        make_work(evaluation.work, data, todo, environment)
         return 0 if run_abreast([[evaluation.job(task)] for task in todo], at_once, go_on=True) else 1
 
 

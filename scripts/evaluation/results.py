@@ -58,6 +58,37 @@ class Column:
 
 
 @dataclass(frozen=True)
+class Challenge:
+    """A task whose answers are not public; suite.toml says what the fields mean."""
+
+    task: str
+    column: str
+    data: str
+    n: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The file of one evaluation for a challenge's server, whole: each question once, no other."""
+
+    challenge: Challenge
+    path: Path
+    questions: int
+    score: float | None  # that the server gave it, in %
+
+    @property
+    def whole(self) -> bool:
+        """All of the split: the server takes nothing else."""
+        return self.questions == self.challenge.n
+
+    @property
+    def stderr(self) -> float | None:
+        """The largest standard error that the score can have: that of answers which are right or wrong."""
+        return None if self.score is None else (self.score * (100 - self.score) / self.challenge.scored) ** 0.5
+
+
+@dataclass(frozen=True)
 class Result:
     """One column of one evaluation. units, value: {stratum: [n]} both, None where lmms-eval logs too little."""
 
@@ -76,18 +107,27 @@ class Evaluation:
     checkpoint: str | None  # its `identity`; None: nobody recorded it
     results: dict[str, Result]  # by the column's name; of a user's own task without exact_match: empty
     asked: dict[Hashable, tuple[str, str]]  # {unit: (question, answer)}, of tasks that the paper lacks
+    submission: Submission | None = None
 
 
 def load_columns(tasks: Collection[str] | None = None) -> list[Column]:
     """The columns that these tasks (None: the paper's) have: suite.toml's in its order. A task that it lacks (the
     miniature's) is a column of its own: exact_match in %."""
-    suite = tomllib.loads(Path(__file__).with_name("suite.toml").read_text(encoding="utf-8"))["column"]
-    paper = [Column(**row) for row in suite]
+    paper = [Column(**row) for row in load_suite()["column"]]
     if tasks is None:
         return paper
-    own = sorted(set(tasks) - {column.task for column in paper})
+    own = sorted(set(tasks) - {column.task for column in paper} - load_challenges().keys())
     paper += [Column(name=task, task=task, key="exact_match,none", scale=100) for task in own]
     return [column for column in paper if column.task in tasks]
+
+
+def load_suite() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("suite.toml").read_text(encoding="utf-8"))
+
+
+def load_challenges() -> dict[str, Challenge]:
+    """By the task."""
+    return {row["task"]: Challenge(**row) for row in load_suite()["submission"]}
 
 
 def identity(checkpoint: Path) -> str:
@@ -117,7 +157,8 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
     lmms-eval exits 0 even when a run fails, so its files decide. Raises ResultError where they are missing, cut off or
     of another checkpoint, where a column is no finite number, and where the score is not what the samples give.
 
-    A user's own task may have other metrics than exact_match. Then these must be finite, and there is no column.
+    A user's own task may have other metrics than exact_match. Then these must be finite, and there is no column. Nor is
+    there one of a challenge; there it raises too where the file for the server is not whole.
     """
     files = sorted(folder.glob("*/[0-9]*_results.json"))
     if len(files) != 1:
@@ -130,6 +171,8 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
     logged: dict[str, dict[Hashable, Any]] = {column.name: {} for column in columns}
     units: list[Hashable] = []
     asked: dict[Hashable, tuple[str, str]] = {}
+    challenge = load_challenges().get(task)
+    numbers: set[int] = set()
     try:
         stock = json.loads(files[0].read_text(encoding="utf-8"))
         samples = files[0].with_name(files[0].name.replace("_results.json", f"_samples_{task}.jsonl"))
@@ -140,12 +183,17 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
                 for column in columns:
                     if column.metric in row:
                         logged[column.name][unit] = row[column.metric]
-                if not columns[0].table and {"question", "answer"} <= row["doc"].keys():
+                if challenge:
+                    numbers.add(row["doc"]["question_id"])
+                elif not columns[0].table and {"question", "answer"} <= row["doc"].keys():
                     asked[unit] = (str(row["doc"]["question"]), str(row["doc"]["answer"]))
         n, version = stock["n-samples"][task]["effective"], stock["versions"][task]
         if not n or not len(units) == len(set(units)) == n:
             raise ResultError(files[0], f"says n = {n}, its samples: {len(units)} rows, {len(set(units))} questions")
         values = stock["results"][task]
+        if challenge:
+            submission = submitted(folder, challenge, numbers)
+            return Evaluation(task, told(version), recorded, {}, {}, submission)
         if is_users(task) and columns[0].key not in values:
             check_finite(values)
             columns = []
@@ -155,7 +203,45 @@ def read(folder: Path, task: str, checkpoint: str | None = None) -> Evaluation:
     except ODD as error:
         problem = f"not a whole lmms-eval result of {task} ({type(error).__name__}: {error})"
         raise ResultError(files[0], problem) from None
-    return Evaluation(task, version if isinstance(version, int | float) else str(version), recorded, results, asked)
+    return Evaluation(task, told(version), recorded, results, asked)
+
+
+def told(version: Any) -> str | float:
+    return version if isinstance(version, int | float) else str(version)
+
+
+def submitted(folder: Path, challenge: Challenge, asked: set[int]) -> Submission:
+    """What a task wrote for its challenge's server. asked: the numbers of the questions.
+
+    score.txt, where the user put it, is the server's score. Raises ResultError unless each question has one answer, a
+    text, and no other has, and for a score that is no percentage.
+    """
+    files = sorted(folder.glob("submissions/*.json"))
+    if len(files) != 1:
+        raise ResultError(folder, f"has {len(files)} files for the challenge's server instead of one")
+    rows = json.loads(files[0].read_text(encoding="utf-8"))
+    answers = {row["question_id"]: row["answer"] for row in rows}
+    problems = [
+        (len(rows) - len(answers), "answers to a question that has one already"),
+        (len(asked - answers.keys()), "questions without an answer"),
+        (len(answers.keys() - asked), "answers to questions that were not asked"),
+        (sum(not isinstance(answer, str) for answer in answers.values()), "answers that are no text"),
+    ]
+    if wrong := [f"{what}: {count}" for count, what in problems if count]:
+        raise ResultError(files[0], f"the challenge's server would refuse it: {', '.join(wrong)}")
+    return Submission(challenge, files[0], len(answers), read_score(folder / "score.txt"))
+
+
+def read_score(path: Path) -> float | None:
+    if not path.exists():
+        return None
+    try:
+        score = float(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        score = math.nan
+    if not 0 <= score <= 100:
+        raise ResultError(path, "holds no score in %", "Write what the challenge's server says there, such as 78.5.")
+    return score
 
 
 def is_users(task: str) -> bool:

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from scripts.common import write_whole
-from scripts.evaluation.results import load_columns
+from scripts.evaluation.results import load_challenges, load_columns
 from scripts.outside import checked_name, scrub
 
+VIEWS = ".cache/sets"  # below EVAL_DATA: what `view` makes
 STOCK_JUDGE = "gpt-3.5-turbo-0613"  # of lmms_eval/tasks/mmbench/mmbench.yaml
 
 
@@ -35,7 +36,7 @@ def view(data: Path, name: str) -> Path:
         text = narrowed(folder, head) or text
     except (yaml.YAMLError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{card} is no card of a data set: {scrub(str(error))}") from None
-    view = data / ".cache/sets" / name
+    view = data / VIEWS / name
     view.mkdir(parents=True, exist_ok=True)
     # Folders, not files: `datasets` finds no file that is a link.
     links = {view / part: folder / part for part in {path.relative_to(folder).parts[0] for path in files}}
@@ -78,10 +79,18 @@ def patterns(data_files: Any) -> list[str]:
     return patterns(data_files["path"]) if isinstance(data_files, dict) else [data_files]
 
 
+def data_of(task: str) -> str | None:
+    """The data set that a task of the paper's suite reads: its folder below EVAL_DATA, whose last two parts are the
+    hub's name."""
+    if challenge := load_challenges().get(task):
+        return challenge.data
+    return next((column.data for column in load_columns({task}) if column.data), None)
+
+
 def make_ready(data: Path, tasks: Sequence[str]) -> list[str]:
     """Makes the `view` of each data set that these tasks read. What is missing, a line each."""
     problems = []
-    for name in dict.fromkeys(column.data for column in load_columns(tasks) if column.data):
+    for name in dict.fromkeys(filter(None, map(data_of, tasks))):
         try:
             view(data, name)
         except ValueError as error:

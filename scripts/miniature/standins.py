@@ -50,6 +50,11 @@ def vqav2(pics, _):
         yield row | {"answers": people}
 
 
+def vqav2_test(pics, rng):
+    for row in vqav2(pics, rng):
+        yield row | {"multiple_choice_answer": None, "answers": None}
+
+
 def ok_vqa(pics, _):
     for i, p in enumerate(pics):
         row = {"image": p["image"], "question": p["question"], "question_id": str(i), "question_type": "eight"}
@@ -189,6 +194,7 @@ def refcoco(pics, _):
 # data set: {config: (split, rows)}; without rows: a config that no task reads, in the card alone, as after a download
 SETS = {
     "lmms-lab/VQAv2": {"default": ("validation", vqav2)},
+    "test/lmms-lab/VQAv2": {"default": ("test", vqav2_test)},
     "lmms-lab/OK-VQA": {"default": ("val2014", ok_vqa)},
     "lmms-lab/GQA": {
         "challenge_all_images": ("challenge", None),

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.evaluation import results
+from scripts.evaluation.results import Submission
 from scripts.reporting import comparison
 from scripts.reporting.comparison import Cell
 from scripts.reporting.paper import PAPER, Published
-from scripts.reporting.runs import load_run, seeds_of
+from scripts.reporting.runs import Run, load_run, seeds_of
 
 FLIPS = 0.02
 NOISE = 1.96 * (2 * FLIPS) ** 0.5  # standard errors: of a mean of which FLIPS are drawn anew
@@ -42,6 +43,8 @@ class Calibration:
     row: str
     checkpoint: str
     checks: list[Check]
+    note: str
+    run: Run
 
     def verdicts(self, verdict: str) -> list[Check]:
         return [check for check in self.checks if check.verdict == verdict]
@@ -58,7 +61,7 @@ class Calibration:
     def sentence(self) -> str:
         within, differs = self.verdicts(WITHIN), self.verdicts(DIFFERS)
         missing = [check.column for check in self.verdicts("missing")]
-        lacks = f" Not evaluated: {', '.join(missing)}." if missing else ""
+        lacks = f" Not evaluated: {', '.join(missing)}. scripts/eval.sh {self.name} does that." if missing else ""
         match self.state:
             case "calibrated":
                 return (
@@ -75,7 +78,8 @@ class Calibration:
             case "missing":
                 return (
                     f"{self.name} is not evaluated: whether this harness gives what is published of "
-                    f"{self.checkpoint} is not known. It needs no training."
+                    f"{self.checkpoint} is not known. scripts/reproduce.sh --experiment {self.name} tells; it trains "
+                    "nothing."
                 )
             case _:
                 return f"{self.name}: no column can tell whether this harness is calibrated.{lacks}"
@@ -89,31 +93,35 @@ def load(run: Path, rows: Collection[str]) -> list[Calibration]:
         if published.public and (there or published.row in rows):
             loaded = load_run(run, [name])
             cells = {column.name: comparison.cell(loaded, name, column) for column in results.load_columns()}
-            found.append(Calibration(name, published.row, published.public, checks(published, cells)))
+            sent = [evaluation.submission for evaluation in loaded.evaluations.values() if evaluation.submission]
+            checked = checks(published, cells, {submission.challenge.column: submission for submission in sent})
+            found.append(Calibration(name, published.row, published.public, checked, published.note, loaded))
     return found
 
 
-def checks(published: Published, cells: Mapping[str, Cell | None]) -> list[Check]:
-    same = len(published.equal()) == len(published.scores)
+def checks(published: Published, cells: Mapping[str, Cell | None], sent: Mapping[str, Submission]) -> list[Check]:
+    """sent: what was written for a challenge's server, by the column that its score is to be read in."""
     out = []
     for column, cell in cells.items():
-        paper = PAPER.rows[published.row].scores[column] if same else None
+        paper = PAPER.rows[published.row].scores[column] if published.is_row else None
         score = published.scores.get(column)
         if paper is None and score is None:
             continue
         here, stderr = (cell["score"], cell["stderr"]) if cell else (None, None)
-        out.append(Check(column, paper, score, here, stderr, verdict(published, column, cell, score, paper)))
+        target, rounding = (score, 0.05) if score is not None else (paper or 0.0, 0.005)
+        submission = sent.get(column)
+        if column in published.other_split and submission and submission.score is not None:
+            here, stderr = submission.score, submission.stderr
+            reason = None if submission.whole else "not the whole split"
+        elif column in published.other_split:
+            reason = "another split"
+        elif cell and not cell["whole"]:
+            reason = "not the whole split"
+        else:
+            reason = "no standard error" if stderr is None else None
+        if here is None or stderr is None or reason:
+            verdict = "missing" if here is None else f"cannot tell: {reason}"
+        else:
+            verdict = WITHIN if abs(here - target) <= NOISE * stderr + rounding else DIFFERS
+        out.append(Check(column, paper, score, here, stderr, verdict))
     return out
-
-
-def verdict(published: Published, column: str, cell: Cell | None, score: float | None, paper: float | None) -> str:
-    if cell is None:
-        return "missing"
-    if column in published.other_split:
-        return "cannot tell: another split"
-    if not cell["whole"]:
-        return "cannot tell: not the whole split"
-    if cell["stderr"] is None:
-        return "cannot tell: no standard error"
-    target, rounding = (score, 0.05) if score is not None else (paper or 0.0, 0.005)
-    return WITHIN if abs(cell["score"] - target) <= NOISE * cell["stderr"] + rounding else DIFFERS

@@ -1,4 +1,5 @@
-"""RUN/manifest-BACKBONE.json: what a run is made of, so that a figure in its report can be traced.
+"""RUN/manifest-BACKBONE.json (of a public checkpoint manifest-EXPERIMENT.json): what a run is made of, so that a figure
+in its report can be traced.
 
 What could not be found out is null.
 """
@@ -54,7 +55,8 @@ def made_of(configs: dict[str, config.Config], seeds: int) -> dict[str, Any]:
     if not lock.is_file():
         fail("manifest", f"{environment} is missing: make it with scripts/setup/env.sh")
     data = run / "data" / "manifest.json"
-    parts = {Path(first["train"][key]) for key in ("model_name_or_path", "vision_tower")}
+    train = first["train"]
+    parts = {Path(first["checkpoint"] or train["model_name_or_path"]), Path(train["vision_tower"])}
     versions = told(f"{environment}/bin/python", "-c", VERSIONS)
     if versions is None:
         fail("manifest", f"{environment} is not whole: make it with scripts/setup/env.sh", 1)
@@ -64,12 +66,17 @@ def made_of(configs: dict[str, config.Config], seeds: int) -> dict[str, Any]:
         "patches": {path.name: sha256(path) for path in sorted(Path("patches", backbone).glob("*.patch"))},
         "environment": {"lock": lock.read_text(encoding="utf-8").strip(), **json.loads(versions)},
         "data": sha256(data) if data.is_file() else None,
-        "models": {p.parent.name: sha256(p) for part in sorted(parts) for p in sorted(part.glob("model*.safetensors"))},
+        "models": {
+            f"{p.parent.name}/{p.name}": sha256(p)
+            for part in sorted(parts)
+            for p in sorted(part.glob("model*.safetensors"))
+        },
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpus": gpus()},
         "seeds": list(range(seeds)),
         "argv": {
             name: {stage: config.flags(loaded, stage) for stage in ("pretrain", "finetune")}
             for name, loaded in configs.items()
+            if not loaded["checkpoint"]
         },
     }
 
@@ -90,7 +97,8 @@ def main(argv: list[str]) -> int:
     first = configs[args.experiments[0]]
     run = Path(first["run"])
     run.mkdir(parents=True, exist_ok=True)
-    write_whole(run / f"manifest-{first['backbone']}.json", json.dumps(manifest, indent=1))
+    of = args.experiments[0] if first["checkpoint"] else first["backbone"]
+    write_whole(run / f"manifest-{of}.json", json.dumps(manifest, indent=1))
     return 0
 
 

@@ -41,12 +41,18 @@ class Published:
     source: str
     scores: dict[str, float]
     public: str | None = None  # the hub's name of the checkpoint
-    other_split: tuple[str, ...] = ()  # columns that were measured on another split than suite.toml's
+    other_split: tuple[str, ...] = ()  # columns that were measured on another split than suite.toml's: the challenge's
+    note: str = ""
 
     def equal(self) -> list[str]:
         """The columns in which the paper's row is this one, to the decimal that is published."""
         row = ROWS[self.row].scores
         return [column for column, score in self.scores.items() if abs(round(row[column], 1) - score) < HALF]
+
+    @property
+    def is_row(self) -> bool:
+        """Whether the paper's row is this model's."""
+        return len(self.equal()) == len(self.scores)
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,13 @@ PAPER = load()
 ROWS = PAPER.rows
 
 
+def of(name: str, column: str) -> float | None:
+    """What the paper prints of an experiment, or of a public checkpoint that its row is."""
+    published = PAPER.published.get(name)
+    row = published.row if published and published.is_row else name
+    return ROWS[row].scores[column] if row in ROWS else None
+
+
 def delta(scores: Sequence[float], baseline: Sequence[float]) -> float:
     """The paper's delta: mean over the tasks of the relative gain, in %. NaN where a baseline score is 0."""
     return float(np.mean([100 * (s / b - 1) if b else np.nan for s, b in zip(scores, baseline, strict=True)]))
@@ -126,7 +139,7 @@ def findings() -> list[str]:
     for published in PAPER.published.values():
         equal, all_of = len(published.equal()), len(published.scores)
         if published.public:
-            verb = "is" if equal == all_of else "is not"
+            verb = "is" if published.is_row else "is not"
             said.append(
                 f"The paper's {published.row} row {verb} the public checkpoint's: {equal} of the {all_of} columns that "
                 f"can be compared equal what is published of {published.public} ({published.source})."

@@ -14,13 +14,13 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 from scripts.common import write_whole
-from scripts.evaluation.results import ODD, ResultError
+from scripts.evaluation.results import ODD, ResultError, Submission
 from scripts.reporting import calibration, comparison, figures, paper, tables, verdicts
 from scripts.reporting.calibration import FLIPS, Calibration
 from scripts.reporting.markup import Markdown, clean, page, picture, plain, render
@@ -60,12 +60,14 @@ def write(folder: Path) -> list[str]:
         group["figures"] = list(pictures)
         drawn |= {f"figures/{baseline}/{name}.png": png for name, png in pictures.items()}
     calibrations = calibration.load(folder, {name for group in groups.values() for name in group["table"]})
+    sent = submissions([*runs.values(), *(c.run for c in calibrations)])
     deltas = paper.deltas() if groups.keys() & ROWS.keys() else []
     r: dict[str, Any] = {
         "resamples": RESAMPLES,
         "columns": columns_of(runs, groups),
         "groups": groups,
         "missing": missing,
+        "submissions": [row for row, _ in sent],
     }
     r |= {"paper_deltas": [asdict(row) for row in deltas], "maps": list(found)}
     r["calibration"] = {
@@ -79,14 +81,15 @@ def write(folder: Path) -> list[str]:
     numbers = json.dumps(r, indent=1, allow_nan=False)
     text = render("report.md.j2", run=folder.as_posix(), **prose(r, groups, deltas, list(found), calibrations))
     html = page(text, folder.as_posix(), drawn)
-    for path in drawn:
+    written = {path: png for path, png in drawn.items() if path not in found}
+    written |= {row["file"]: submission.path.read_bytes() for row, submission in sent}
+    for path in [*drawn, *written]:
         check_inside((folder / path).parent, folder)
-    for path, png in drawn.items():
-        if path not in found:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / path, png)
-    for name, content in {"report.json": numbers, "report.md": text, "report.html": html}.items():
-        write_whole(folder / name, content.encode("utf-8", "backslashreplace"))
+    for path, content in written.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / path, content)
+    for name, report in {"report.json": numbers, "report.md": text, "report.html": html}.items():
+        write_whole(folder / name, report.encode("utf-8", "backslashreplace"))
     said = [line for group in groups.values() for line in group["verdicts"]]
     said += [c.sentence() for c in calibrations]
     return [plain(line) for line in (*said, *(f"missing: {line}" for line in missing), str(folder / "report.html"))]
@@ -103,6 +106,19 @@ def describe(run: Run) -> dict[str, Any]:
         for name, stages in run.settings.items()
     }
     return group | {"verdicts": verdicts.sentences(group)}
+
+
+def submissions(runs: Iterable[Run]) -> list[tuple[dict[str, Any], Submission]]:
+    """What the report says of each file for a challenge's server, and the file."""
+    found = []
+    for run in runs:
+        for (seed, name, task), evaluation in run.evaluations.items():
+            if sent := evaluation.submission:
+                row = {"experiment": name, "seed": seed, "column": sent.challenge.column, "n": sent.challenge.n}
+                row |= {"questions": sent.questions, "score": sent.score, "stderr": sent.stderr}
+                row["paper"] = paper.of(name, sent.challenge.column)
+                found.append((row | {"file": f"submissions/{name}-{seed}-{task}.json"}, sent))
+    return found
 
 
 def columns_of(runs: Mapping[str, Run], groups: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -174,7 +190,8 @@ def prose(
         "resamples": f"{RESAMPLES:,}",
         "differences": tables.differences(groups, columns, of_paper),
         "levels": tables.levels(groups, calibrations),
-        "calibrations": [(c.name, c.sentence(), tables.calibration(c)) for c in calibrations],
+        "calibrations": [(c.name, c.sentence(), c.note, tables.calibration(c)) for c in calibrations],
+        "submissions": tables.submissions(r["submissions"]) if r["submissions"] else None,
         "flips": f"{100 * FLIPS:.0f}",
         "findings": paper.findings() if of_paper or calibrations else [],
         "incomparable": paper.PAPER.incomparable,

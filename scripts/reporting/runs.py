@@ -178,7 +178,7 @@ def load_evaluations(loaded: Run, seed: str, name: str, folders: list[Path], uni
     """units: {column: the questions that are asked in it}, which is filled and must be the same in every experiment."""
     for folder in folders:
         evaluation = loaded.evaluations[seed, name, folder.name] = results.read(folder, folder.name)
-        if not evaluation.results:
+        if not evaluation.results and not evaluation.submission:
             loaded.missing.append(f"{name}, {seed}: {folder.name} lacks exact_match, all that is shown of a task")
         for column, result in evaluation.results.items():
             loaded.results[name, column][seed] = result

@@ -173,6 +173,26 @@ def calibration(found: Calibration) -> Markdown:
     return table(["Column", "Paper", "Its authors", "Here", "Difference", "Verdict"], rows)
 
 
+def submissions(rows: Iterable[Mapping[str, Any]]) -> Markdown:
+    """The files for the challenges' servers, and what these said."""
+    lines = []
+    for row in rows:
+        score, paper = row["score"], row["paper"]
+        lines.append(
+            [
+                row["experiment"],
+                row["seed"],
+                row["column"],
+                row["file"],
+                f"{row['questions']:,} of {row['n']:,}" + ("" if row["questions"] == row["n"] else ": refused"),
+                NONE if score is None else f"{score:.2f} ± {row['stderr']:.2f}",
+                NONE if paper is None else f"{paper:.2f}",
+                NONE if score is None or paper is None else signed(score - paper),
+            ]
+        )
+    return table(["Method", "Seed", "Column", "File", "Questions", "Server's score", "Paper", "Difference"], lines)
+
+
 def paper_deltas(rows: Iterable[Delta]) -> Markdown:
     lines = [
         [

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Tells what this machine lacks for a profile, before anything is installed or trained.
 #
-#   scripts/setup/doctor.sh tiny|small|full [BACKBONE]...
+#   scripts/setup/doctor.sh tiny|small|public|full [BACKBONE]...
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 case ${1:-} in -h | --help) sed -n 's/^#   scripts/usage: scripts/p; s/^# //p' scripts/setup/doctor.sh && exit ;; esac
 profile=${1:-}
-[[ $profile == @(tiny|small|full) ]] ||
-    { echo "doctor: no profile '$profile': choose tiny, small or full; usage: scripts/setup/doctor.sh tiny|small|full [BACKBONE]..." >&2 && exit 2; }
+[[ $profile == @(tiny|small|public|full) ]] ||
+    { echo "doctor: no profile '$profile': choose tiny, small, public or full; usage: scripts/setup/doctor.sh tiny|small|public|full [BACKBONE]..." >&2 && exit 2; }
 shift
 problems=0
 problem() { echo "doctor: $*" >&2 && problems=1; }
@@ -24,6 +24,8 @@ if [[ $profile == tiny ]]; then
 else
     need_disk=600 need_memory=128 # data 200 GB, and a 7B stage's checkpoints (scripts/training/cost.py)
     [[ $profile != small ]] || need_disk=120 need_memory=16 # tests/test_subset.py adds up the disk
+    # The data sets, once more as datasets converts them, and 14 GB of weights: assumed, the hub tells the sizes.
+    [[ $profile != public ]] || need_disk=200 need_memory=32
     if driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null); then
         ((${driver%%.*} >= 525)) || problem "the NVIDIA driver is ${driver%%$'\n'*}: CUDA 12.1 needs 525 or newer"
         shm_gb=$(($(df --output=size -k /dev/shm | tail -n 1) / 1024 / 1024))

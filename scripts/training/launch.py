@@ -163,6 +163,9 @@ def plan(experiment: str, stage: str, seed: str = "0", replay: bool = False) -> 
         settings = config.settings(loaded, stage)
     except config.ConfigError as error:
         fail("config", str(error))
+    if loaded["checkpoint"]:
+        there = f"{experiment} is a public checkpoint, {loaded['checkpoint']}"
+        fail(stage, f"{there}: it is not trained. scripts/eval.sh {experiment} evaluates it")
     ranks, run = loaded["ranks"], Path(loaded["run"], f"seed{seed}")
     if ranks % machines.nodes:
         fail(stage, f"{ranks} ranks do not spread over {machines.nodes} nodes: set RANKS")
