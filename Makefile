@@ -14,6 +14,7 @@ study: setup              ## the study's runs, hours of them; what is there is k
 	scripts/data.sh llava-tiny
 	scripts/data.sh tinyllava-tiny
 	.venv/bin/python -m scripts.miniature.study
+	.venv/bin/python -m scripts.reporting.study
 
 setup:                    ## make .venv, clone stock LLaVA, patch it
 	scripts/setup/doctor.sh tiny

@@ -224,7 +224,8 @@ def theorem(curves: Mapping[str, Any], color: Mapping[str, str]) -> Figure:
 
 
 def maps(probes: Mapping[str, Any]) -> Figure:
-    """Rows: held-out images; columns: the image, then its map for each variant. One colour scale for all."""
+    """Rows: held-out images; columns: the image, then its map for each variant. One colour scale for all. An outline
+    shows what the question asks for, where that is known."""
     first = next(iter(probes.values()))
     low, high = (float(f([f(probe["map"]) for probe in probes.values()])) for f in (np.nanmin, np.nanmax))
     rows, columns = len(first["image"]), 1 + len(probes)
@@ -234,14 +235,25 @@ def maps(probes: Mapping[str, Any]) -> Figure:
         axis.set_axis_off()
     for k, (photo, *others) in enumerate(axes):
         photo.imshow(first["image"][k])
+        outline(photo, first, k, len(first["image"][k]))
         photo.set_title(textwrap.fill(plain(str(first["question"][k])), 24), fontsize=7)
         for axis, (name, probe) in zip(others, probes.items(), strict=True):
             map_SS = probe["map"][k]
             shown = axis.imshow(map_SS, cmap="Blues", vmin=low, vmax=high)
+            outline(axis, probe, k, len(map_SS))
             title = "" if k else textwrap.fill(plain(name), 16, break_on_hyphens=True) + "\n"
             axis.set_title(f"{title}{np.nanmin(map_SS):.2f} to {np.nanmax(map_SS):.2f}", fontsize=7)
     figure.colorbar(shown, ax=axes, location="bottom", shrink=0.7, aspect=40, label="cosine similarity")
     return figure
+
+
+def outline(axis: Axes, probe: Mapping[str, Any], k: int, side: int) -> None:
+    """The k-th mask's edge, over a picture of side x side."""
+    if "mask" in probe:
+        mask_HW = np.pad(probe["mask"][k], 1).astype(float)  # an edge of its own also at the picture's
+        at = ((np.arange(n) - 0.5) * side / (n - 2) - 0.5 for n in mask_HW.shape[::-1])
+        axis.autoscale(False)
+        axis.contour(*at, mask_HW, levels=[0.5], colors="#c2410c", linewidths=0.9)
 
 
 def main() -> None:

@@ -72,6 +72,16 @@ def fact_kl(probe: Probe) -> np.ndarray:
     return np.where(token_nF >= 0, np.take_along_axis(probe["kl"], token_nF.clip(min=0), axis=1), np.nan)
 
 
+def slopes(token_nF: np.ndarray, value_nF: np.ndarray) -> np.ndarray:
+    """[n]: how much each answer's value changes per token of depth, by least squares over its facts; NaN of fewer than
+    two. token_nF is -1, and value_nF anything, where an answer has no more facts."""
+    known_nF = token_nF >= 0
+    token_nF = np.where(known_nF, token_nF, np.nan).astype("float64")
+    away_nF = np.where(known_nF, token_nF - np.nanmean(token_nF, axis=1, keepdims=True), 0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray((away_nF * np.where(known_nF, value_nF, 0)).sum(1) / (away_nF**2).sum(1))
+
+
 def facts(probes: Sequence[Probe]) -> dict[str, Any]:
     """Theorem 3.3 on the words that only the image tells, in answers that hold several: their accuracy (%) and KL(true
     image || swapped image) in nats, and how both change per token of depth: the mean of each answer's slope."""
@@ -80,12 +90,8 @@ def facts(probes: Sequence[Probe]) -> dict[str, Any]:
     kl_nF = np.mean([fact_kl(probe) for probe in probes], axis=0)
     out: dict[str, Any] = {"answer_tokens": float(np.isfinite(probes[0]["kl"]).sum(1).mean())}
     for name, value_nF in (("right", right_nF), ("kl", kl_nF)):
-        slopes = [
-            np.polyfit(token[token >= 0], value[token >= 0], 1)[0]
-            for token, value in zip(token_nF, value_nF, strict=True)
-        ]
         out[name] = mean_and_interval(np.nanmean(value_nF, axis=1))
-        out[f"{name}_slope"] = mean_and_interval(np.array(slopes))
+        out[f"{name}_slope"] = mean_and_interval(slopes(token_nF, value_nF))
     return out
 
 

@@ -19,9 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
-from scripts.common import write_whole
+from scripts.common import ROOT, write_whole
 from scripts.evaluation.results import ODD, ResultError, Submission
-from scripts.reporting import calibration, comparison, figures, paper, tables, verdicts
+from scripts.reporting import calibration, comparison, figures, paper, study, tables, verdicts
 from scripts.reporting.calibration import FLIPS, Calibration
 from scripts.reporting.markup import Markdown, clean, page, picture, plain, render
 from scripts.reporting.paper import ROWS
@@ -105,7 +105,8 @@ def describe(run: Run) -> dict[str, Any]:
         name: {stage: setting.to_arguments() for stage, setting in stages.items()}
         for name, stages in run.settings.items()
     }
-    return group | {"verdicts": verdicts.sentences(group)}
+    known = study.load(study.PLAN, ROOT / study.FOLDER / "results")
+    return group | {"verdicts": verdicts.sentences(group) + study.beside(group, known)}
 
 
 def submissions(runs: Iterable[Run]) -> list[tuple[dict[str, Any], Submission]]:

@@ -71,17 +71,27 @@ def stderr(strata: Sequence[Array]) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def detectable(seeds: int) -> float:
-    """The true difference, in SDs of the seeds' differences, that a paired t-test at p < 0.05 (two-sided) sees with a
+def holm(ps: Sequence[float]) -> list[float]:
+    """The p of a family of comparisons, adjusted by Holm: each is the largest of those that come before it in order."""
+    order = np.argsort(ps)
+    steps = np.array(ps)[order] * np.arange(len(ps), 0, -1)
+    adjusted = np.empty(len(ps))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(steps))
+    return [float(p) for p in adjusted]
+
+
+def detectable(seeds: int, alpha: float = 0.05) -> float:
+    """The true difference, in SDs of the seeds' differences, that a paired t-test at p < alpha (two-sided) sees with a
     power of 80%. seeds: 3 or more, for two tell their SD too badly. What the test sees in the wrong direction is left
     out: less than a millionth."""
-    critical, root = stats.t.ppf(0.975, seeds - 1), np.sqrt(seeds)
-    found = optimize.brentq(lambda d: 1 - stats.nct.cdf(critical, seeds - 1, d * root) - 0.8, 0.01, 10 / root)
+    critical, root = stats.t.ppf(1 - alpha / 2, seeds - 1), np.sqrt(seeds)
+    most = (1.5 * critical + 4) / root
+    found = optimize.brentq(lambda d: 1 - stats.nct.cdf(critical, seeds - 1, d * root) - 0.8, 0.01, most)
     return float(found)
 
 
-def smallest(differences: Sequence[float]) -> float | None:
+def smallest(differences: Sequence[float], alpha: float = 0.05) -> float | None:
     """The true difference that so many seeds, whose differences are these, show four times in five; in their units.
     None of fewer than three."""
     spread = sd(differences)
-    return None if len(differences) < 3 or spread is None else detectable(len(differences)) * spread
+    return None if len(differences) < 3 or spread is None else detectable(len(differences), alpha) * spread
