@@ -128,7 +128,7 @@ MALFORMED = {  # what is wrong: damage, command, what the error says
         "--backbone llava: profile small has tinyllava alone",
     ),
     "doctor: unknown profile": (None, ("scripts/setup/doctor.sh", "huge"), "choose tiny, small, public or full"),
-    "doctor: no profile": (None, ("scripts/setup/doctor.sh",), "usage: scripts/setup/doctor.sh tiny|small|full"),
+    "doctor: no profile": (None, ("scripts/setup/doctor.sh",), "usage: scripts/setup/doctor.sh tiny|small|public|full"),
     "env: unknown environment": (None, ("scripts/setup/env.sh", "gpu"), "choose cpu, cpu-tinyllava"),
     "upstream: unknown": (None, ("scripts/setup/upstream.sh", "LLaVA"), "choose llava, tinyllava"),
     "patch: unknown": (None, ("scripts/setup/patch.sh", "LLaVA"), "upstream/LLaVA: is no folder"),
