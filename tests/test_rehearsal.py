@@ -3,6 +3,9 @@ out of a local hub, over both stages of the six experiments, to the paper's Tabl
 
 The scripts, the catalog's sources and the configs are the real ones. What differs from 8 GPUs: the models (random and
 small), the data (easy-vqa's pictures in the JSONs' folders, standins.py's benchmarks), CHANGED, and doctor.sh.
+
+And the small profile, its nine runs, in the same way: `scripts/reproduce.sh --profile small`. Of its tasks there are
+two here; the full profile has them all.
 """
 
 import json
@@ -13,7 +16,7 @@ import sys
 import pytest
 
 from scripts import config
-from tests.helpers import ROOT, packed, patched_tinyllava, python_of, serving, sha256, small_kit, write_catalog
+from tests.helpers import ROOT, packed, patched_tinyllava, python_of, qwen2, serving, sha256, small_kit, write_catalog
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 BOTH = {
@@ -25,6 +28,14 @@ BOTH = {
 LLAVA = {'".venv-llava"': '".venv"', "train_mem": "train", "tf32 = true": "tf32 = false"}
 TINYLLAVA = {'".venv-tinyllava"': '".venv-cpu-tinyllava"', "flash_attention_2": "eager"}
 CHANGED = {"configs/llava-v1.5-7b.toml": BOTH | LLAVA, "configs/tinyllava-3b.toml": BOTH | TINYLLAVA}
+SMALL = {
+    "configs/tinyllava-3b.toml": TINYLLAVA,  # its base
+    "configs/tinyllava-0.5b.toml": {
+        "global_batch = 64": "global_batch = 8", "global_batch = 32": "global_batch = 8",
+        "device_train_batch_size = 1": "device_train_batch_size = 4",
+        '["mmstar", "realworldqa", "ocrbench", "ai2d", "mme", "mmmu_val"]': '["realworldqa", "mme"]',
+    },
+}  # fmt: skip
 DOCTOR = "#!/bin/sh\necho 'doctor: not asked: there is no GPU here, and 600 GB are not needed'\n"
 FOLDERS = {  # of mix665k's images: the archive, by its source's name in the catalog, and how the JSON calls its files
     "coco": "coco/train2017/{}.jpg", "gqa": "gqa/images/{}.jpg", "ocr-vqa": "ocr_vqa/images/{}.jpg",
@@ -115,13 +126,22 @@ def serve(server, folder):
 
 
 @pytest.fixture
-def kit(tmp_path):
-    """A checkout whose full experiments are small."""
-    folder = small_kit(tmp_path / "kit", CHANGED)
-    for name in (".venv-cpu-tinyllava", "upstream"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "scripts/setup/doctor.sh").write_text(DOCTOR)
-    return folder
+def checkout(tmp_path):
+    """checkout(changes): one whose experiments are small."""
+
+    def make(changes):
+        folder = small_kit(tmp_path / "kit", changes)
+        for name in (".venv-cpu-tinyllava", "upstream"):
+            (folder / name).symlink_to(ROOT / name)
+        (folder / "scripts/setup/doctor.sh").write_text(DOCTOR)
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def kit(checkout):
+    return checkout(CHANGED)
 
 
 def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_path):
@@ -165,3 +185,64 @@ def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_p
             out = kit / f"results/full/seed0/{baseline}{variant}-finetune"
             log = json.loads((out / "trainer_state.json").read_text())["log_history"]
             assert any(row.get("loss_vista") for row in log)
+
+
+def test_the_small_profile_goes_from_two_archives_to_a_report_with_three_seeds(checkout, tmp_path):
+    python_of("cpu-tinyllava")
+    patched_tinyllava()
+    kit = checkout(SMALL)
+    with serving() as server:
+        catalog = serve(server, tmp_path)
+        # The real rules need 72 captions and 38 rows of COCO for each row that they draw: 16 of both here.
+        lists = ("LLaVA-Pretrain", "blip_laion_cc_sbu_558k.json", 18), (
+            "LLaVA-Instruct-150K", "llava_v1_5_mix665k.json", 76,
+        )  # fmt: skip
+        for repo, name, times in lists:
+            files = server.hub[f"datasets/liuhaotian/{repo}"]
+            files[name] = json.dumps(json.loads(files[name]) * times).encode()
+        out = tmp_path / "models/Qwen/Qwen2-0.5B"
+        out.mkdir(parents=True)
+        for part in qwen2(
+            ["What is this? Is there a red circle? yes no black blue gray teal", "USER: ASSISTANT: "], out
+        ):
+            part.save_pretrained(out)
+        server.hub["Qwen/Qwen2-0.5B"] = contents(out)
+        write_catalog(kit, catalog)
+        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings
+        environment |= {"no_proxy": "127.0.0.1"}
+
+        def reproduce():
+            command = ["scripts/reproduce.sh", "--profile", "small"]
+            done = subprocess.run(command, cwd=kit, env=environment, capture_output=True, text=True)
+            return done.returncode, done.stdout + done.stderr
+
+        code, said = reproduce()
+        print(said)
+        assert code == 0, said[-5000:]
+        assert "in all, 9 runs of tinyllava-0.5b" in said and "tinyllava-0.5b: all there" in said
+        assert said.count("trusted at first use: it has sha256") == 2  # the two lists
+        archives = {path for _, path, *_ in server.log if path.endswith(".zip")}
+        assert {path.rsplit("/")[-1] for path in archives} == {"images.zip", "coco.zip"}
+        asked = len(server.log)
+        code, again = reproduce()
+        assert code == 0 and len(server.log) == asked, again[-3000:]
+        assert again.count("is whole, skipped") == 9 * 2 and again.count("is done") == 9 * 2
+
+    for name in ("blip_laion_cc_sbu_558k.json", "llava_v1_5_mix665k.json"):
+        assert len(json.loads((kit / "data/small" / name).read_text())) == 16
+    report = json.loads((kit / "results/small/report.json").read_text())
+    text = (kit / "results/small/report.md").read_text()
+    assert "## Missing" not in text and "Smallest seen" in text
+    group = report["groups"]["tinyllava-0.5b"]
+    names = {"tinyllava-0.5b" + variant for variant in VARIANTS}
+    assert set(group["table"]) == names and group["seeds"] == ["seed0", "seed1", "seed2"]
+    for cells in group["table"].values():
+        assert set(cells) == {"RealWorldQA", "MME perception", "MME cognition"}
+        assert all(len(cell["per_seed"]) == 3 and cell["seed_sd"] is not None for cell in cells.values())
+    for name in names - {"tinyllava-0.5b"}:
+        assert all(pair["ci95"] and pair["smallest"] >= 0 for pair in group["paired"][name].values())
+        log = json.loads((kit / f"results/small/seed2/{name}-finetune/trainer_state.json").read_text())["log_history"]
+        assert any(row.get("loss_vista") for row in log)
+    for checkpoint in (kit / "results/small").glob("seed*/*-finetune"):
+        assert (checkpoint / "model.safetensors").is_file() and not list(checkpoint.glob("checkpoint-*"))
