@@ -46,7 +46,7 @@ def load(name: str, ranks: int | None = None, tasks: list[str] | None = None) ->
 
     tasks: in the place of the config's, if there are any."""
     config = _read(name)
-    for key in ("pretrain", "finetune", "train", "vista", "tasks", "run", "checkpoint", *CHOICES):
+    for key in (*STAGES, "train", "vista", "tasks", "run", "checkpoint", *CHOICES):
         if key not in config:
             raise ConfigError(f"{name} has no key {key!r}: give it a base")
     variables = os.environ if ranks is None else {**os.environ, "RANKS": str(ranks)}

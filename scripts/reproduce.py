@@ -95,7 +95,7 @@ def make_plan(names: Sequence[str], variants: Sequence[str], profile: str, seeds
         setup += [Step.of(backbone, *command) for command in words]
         for seed in range(seeds):
             for one in experiments:
-                stages = [] if name in public else ["pretrain", "finetune"]
+                stages = () if name in public else config.STAGES
                 lane = [Step.of(backbone, "scripts/train.sh", one, stage, seed) for stage in stages]
                 lane.append(Step.of(backbone, "scripts/eval.sh", one, seed))
                 if profile == "tiny" and stages:

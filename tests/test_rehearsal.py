@@ -144,20 +144,27 @@ def kit(checkout):
     return checkout(CHANGED)
 
 
+def reproducer(kit, server, tmp_path, *flags, **variables):
+    """reproduce(): exit code and output of scripts/reproduce.sh with these flags, whose hub is `server`."""
+    settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings | variables
+    environment |= {"no_proxy": "127.0.0.1"}
+
+    def reproduce():
+        command = ["scripts/reproduce.sh", *flags]
+        done = subprocess.run(command, cwd=kit, env=environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return reproduce
+
+
 def test_the_full_profile_goes_from_the_download_to_the_papers_tables(kit, tmp_path):
     python_of("cpu-tinyllava")
     patched_tinyllava()
     with serving() as server:
         write_catalog(kit, serve(server, tmp_path))
-        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-        settings |= {"MMBENCH_JUDGE": "rules", "no_proxy": "127.0.0.1"}
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings
-
-        def reproduce():
-            command = ["scripts/reproduce.sh", "--profile", "full", "--backbone", "both"]
-            done = subprocess.run(command, cwd=kit, env=environment, capture_output=True, text=True)
-            return done.returncode, done.stdout + done.stderr
-
+        flags = ("--profile", "full", "--backbone", "both")
+        reproduce = reproducer(kit, server, tmp_path, *flags, MMBENCH_JUDGE="rules")
         code, said = reproduce()
         print(said)
         assert code == 0, said[-5000:]
@@ -208,15 +215,7 @@ def test_the_small_profile_goes_from_two_archives_to_a_report_with_three_seeds(c
             part.save_pretrained(out)
         server.hub["Qwen/Qwen2-0.5B"] = contents(out)
         write_catalog(kit, catalog)
-        settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings
-        environment |= {"no_proxy": "127.0.0.1"}
-
-        def reproduce():
-            command = ["scripts/reproduce.sh", "--profile", "small"]
-            done = subprocess.run(command, cwd=kit, env=environment, capture_output=True, text=True)
-            return done.returncode, done.stdout + done.stderr
-
+        reproduce = reproducer(kit, server, tmp_path, "--profile", "small")
         code, said = reproduce()
         print(said)
         assert code == 0, said[-5000:]

@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import cpuinfo
 import numpy as np
 
 from scripts import config
@@ -54,23 +55,18 @@ TINYLLAVA = ("tinyllava-tiny", "tinyllava-tiny-vista", "tinyllava-tiny-vista-cos
 PLAN = [(name, seed) for seed in range(100, 110) for name in PRIMARY]
 PLAN += [(name, seed) for seed in range(100, 105) for name in (*ABLATIONS, *TINYLLAVA)]
 PILOT = [(name, seed) for seed in range(5) for name in PRIMARY[:2]]
-STAGES = ("pretrain", "finetune")
 # Beside the data, the models and the flags: the code that decides a run's numbers.
 CODE = ("vista_patch/*.py", "patches/**/*", "scripts/training/stock.py", "scripts/evaluation/stock.py",
         "scripts/reporting/probe.py")  # fmt: skip
 
 
+@functools.cache
 def cpu() -> str:
     """The kind of CPU, on which a run's last bits depend."""
-    fields = dict(
-        line.split(":", 1)
-        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-        if ":" in line
-    )
-    known = {key.strip(): value.strip() for key, value in fields.items()}
-    flags = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(known.get("flags", "").split()))
-    names = [known.get(key, "?") for key in ("model name", "cpu family", "model", "stepping")]
-    return f"{names[0]}, family {names[1]}, model {names[2]}, stepping {names[3]}, {' '.join(flags)}"
+    known = cpuinfo.get_cpu_info()
+    flags = sorted({"avx2", "avx512f", "avx512_bf16", "amx_bf16"} & set(known.get("flags", ())))
+    name, family, model, step = (known.get(key, "?") for key in ("brand_raw", "family", "model", "stepping"))
+    return f"{name}, family {family}, model {model}, stepping {step}, {' '.join(flags)}"
 
 
 @functools.cache
@@ -78,7 +74,7 @@ def instrument(backbone: str) -> str:
     """A sha256 over what decides the numbers of a baseline's runs beside the seed and the kind of CPU: data, start
     models, flags and code. A variant's runs differ from them by VISTA's flags alone. A few seconds."""
     loaded, total = config.load(backbone), hashlib.sha256()
-    for stage in STAGES:
+    for stage in config.STAGES:
         flags = {key: value for key, value in config.settings(loaded, stage).items() if key not in FLAGS}
         total.update(json.dumps([loaded["train_module"], flags], sort_keys=True).encode())
     for key in ("model_name_or_path", "vision_tower"):
@@ -99,7 +95,7 @@ def result_file(name: str, seed: int) -> Path:
 
 
 def steps(name: str, seed: int) -> list[list[str]]:
-    train = [["scripts/train.sh", name, stage, str(seed)] for stage in STAGES]
+    train = [["scripts/train.sh", name, stage, str(seed)] for stage in config.STAGES]
     return [*train, ["scripts/eval.sh", name, str(seed)], ["scripts/probe.sh", name, str(seed)]]
 
 
@@ -159,7 +155,9 @@ def jobs(name: str, seed: int, failed: list[str]) -> list[Job]:
             return start(command, env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
     def end(command: list[str], code: int) -> bool:
-        broken = [stage for stage in STAGES if (RUN / f"seed{seed}" / f"{name}-{stage}" / "nonfinite.json").exists()]
+        broken = [
+            stage for stage in config.STAGES if (RUN / f"seed{seed}" / f"{name}-{stage}" / "nonfinite.json").exists()
+        ]
         if not code and command != commands[-1]:
             return True
         try:

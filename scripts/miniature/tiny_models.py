@@ -215,13 +215,15 @@ def encoded(tokenizer, text, tokens):
     ids = tokenizer(before).input_ids
     for part in after:
         ids += [IMAGE] * tokens + tokenizer(part, add_special_tokens=False).input_ids
+    if "ASSISTANT" not in text:
+        targets = [-100 if token == IMAGE else token for token in ids]
+        return torch.tensor(ids), torch.tensor(targets)
     start = tokenizer(" ASSISTANT:", add_special_tokens=False).input_ids[-2:]
-    targets, answer = [], "ASSISTANT" not in text
+    targets, answer = [], False
     for i, token in enumerate(ids):
         answer = answer or ids[max(0, i - 2) : i] == start
-        targets.append(token if answer and token != IMAGE else -100)
-        if token == tokenizer.eos_token_id and "ASSISTANT" in text:
-            answer = False
+        targets.append(token if answer else -100)
+        answer = answer and token != tokenizer.eos_token_id
     return torch.tensor(ids), torch.tensor(targets)
 
 

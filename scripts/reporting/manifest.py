@@ -74,7 +74,7 @@ def made_of(configs: dict[str, config.Config], seeds: int) -> dict[str, Any]:
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count(), "gpus": gpus()},
         "seeds": list(range(seeds)),
         "argv": {
-            name: {stage: config.flags(loaded, stage) for stage in ("pretrain", "finetune")}
+            name: {stage: config.flags(loaded, stage) for stage in config.STAGES}
             for name, loaded in configs.items()
             if not loaded["checkpoint"]
         },

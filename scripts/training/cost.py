@@ -26,7 +26,7 @@ cost, and communication, of which small per-device batches under ZeRO-3 pay more
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -178,12 +178,12 @@ def told(hours: float) -> str:
     return f"{hours:.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
-def heading(memories: list[int], what: str) -> str:
-    return "   GPUs" + "".join(f"{f'{card_of(gib).name}, {gib} GB':>34}" for gib in memories) + f"   {what}"
-
-
-def line(gpus: int, cells: list[str]) -> str:
-    return f"{gpus:7}" + "".join(f"{cell:>34}" for cell in cells)
+def grid(what: str, counts: list[int], memories: list[int], cell: Callable[[int, int], str]) -> list[str]:
+    """The lines of a table: a row for each number of GPUs, a column for each memory (GB)."""
+    heads = (f"{card_of(gib).name}, {gib} GB" for gib in memories)
+    return ["   GPUs" + "".join(f"{head:>34}" for head in heads) + f"   {what}"] + [
+        f"{gpus:7}" + "".join(f"{cell(gpus, gib):>34}" for gib in memories) for gpus in counts
+    ]
 
 
 class Cost:
@@ -264,26 +264,22 @@ class Cost:
         however short the stage is."""
         return (self.checkpoints + 1) * self.checkpoint + self.final
 
+    def cell(self, gpus: int, gib: int) -> str:
+        if self.global_batch % gpus:
+            return f"{self.global_batch} rows do not divide"
+        if fit := self.batch(gpus, gib):
+            takes = told(self.hours(gpus, card_of(gib), fit[0]))
+            return f"{takes} h, {fit[0]} x {fit[1]} ({self.memory(gpus, fit[0]):.0f} GB)"
+        return f"does not fit ({self.memory(gpus, 1):.0f} GB)"
+
     def table(self, counts: list[int], memories: list[int]) -> str:
         number = 1 if self.stage == "pretrain" else 2
         lines = [
             f"stage {number} ({self.stage}): {self.data.rows:,} rows in {self.steps:,} steps of {self.global_batch}; "
             f"{self.row_tokens:.0f} tokens a row, {self.data.rows * self.row_tokens / 1e6:,.0f} M in all; "
             f"{told(self.hours(1))} A100-hours; disk: {self.disk():.0f} GB",
-            heading(memories, "hours, per device x accumulation (memory)"),
+            *grid("hours, per device x accumulation (memory)", counts, memories, self.cell),
         ]
-        for gpus in counts:
-            cells = []
-            for gib in memories:
-                if self.global_batch % gpus:
-                    said = f"{self.global_batch} rows do not divide"
-                elif fit := self.batch(gpus, gib):
-                    takes = told(self.hours(gpus, card_of(gib), fit[0]))
-                    said = f"{takes} h, {fit[0]} x {fit[1]} ({self.memory(gpus, fit[0]):.0f} GB)"
-                else:
-                    said = f"does not fit ({self.memory(gpus, 1):.0f} GB)"
-                cells.append(said)
-            lines.append(line(gpus, cells))
         for names, stage, gpus, hours, source in PUBLIC:
             if (names, stage) == (self.names, self.stage):
                 lines.append(
@@ -329,10 +325,8 @@ class Evaluation:
         lines = [
             f"evaluation: {rows:,} questions of {len(self.tasks)} tasks, one at a time; {told(self.hours(1))} "
             f"A100-hours, {share:.0%} of them {longest}",
-            heading(memories, "hours"),
+            *grid("hours", counts, memories, lambda gpus, gib: f"{told(self.hours(gpus, card_of(gib)))} h"),
         ]
-        for gpus in counts:
-            lines.append(line(gpus, [f"{told(self.hours(gpus, card_of(gib)))} h" for gib in memories]))
         for names, task, minutes, source in PUBLIC_EVALUATION:
             if names == self.names and task in self.tasks:
                 here = self.rows[task] * self.question(task, A100) / 60
@@ -370,7 +364,7 @@ class Experiment:
 
     def __init__(self, name: str):
         loaded = config.load(name)
-        stages = () if loaded.get("checkpoint") else ("pretrain", "finetune")  # a public checkpoint is not trained
+        stages = () if loaded.get("checkpoint") else config.STAGES  # a public checkpoint is not trained
         self.name, self.trained = name, [Cost(loaded, stage) for stage in stages]
         self.evaluated = Evaluation(loaded)
 
@@ -391,19 +385,20 @@ class Experiment:
 
 def totals(experiments: list[Experiment], runs: int, counts: list[int], memories: list[int]) -> str:
     what = f"{runs} {'run' if runs == 1 else 'runs'} of {' and of '.join(one.name for one in experiments)}"
-    lines = [
-        f"in all, {what}; disk beside the data, with the checkpoints that finished stages keep: "
-        f"{sum(one.disk(runs) for one in experiments):.0f} GB",
-        heading(memories, "hours of training + evaluation (GPU-hours)"),
-    ]
-    for gpus in counts:
-        cells = []
-        for gib in memories:
-            both = [sum(part) * runs for part in zip(*(e.hours(gpus, gib) for e in experiments), strict=True)]
-            said = f"{both[0]:.1f} + {both[1]:.1f} = {sum(both):.1f} h ({sum(both) * gpus:.0f})"
-            cells.append(said if all(e.fits(gpus, gib) for e in experiments) else "does not fit")
-        lines.append(line(gpus, cells))
-    return "\n".join(lines)
+    disk = sum(one.disk(runs) for one in experiments)
+
+    def cell(gpus: int, gib: int) -> str:
+        if not all(one.fits(gpus, gib) for one in experiments):
+            return "does not fit"
+        both = [sum(part) * runs for part in zip(*(one.hours(gpus, gib) for one in experiments), strict=True)]
+        return f"{both[0]:.1f} + {both[1]:.1f} = {sum(both):.1f} h ({sum(both) * gpus:.0f})"
+
+    return "\n".join(
+        [
+            f"in all, {what}; disk beside the data, with the checkpoints that finished stages keep: {disk:.0f} GB",
+            *grid("hours of training + evaluation (GPU-hours)", counts, memories, cell),
+        ]
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -360,7 +360,7 @@ def main(argv: list[str]) -> int:
         prog="train", usage=USAGE, description=__doc__, formatter_class=RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("experiment")
-    parser.add_argument("stage", choices=("pretrain", "finetune"))
+    parser.add_argument("stage", choices=config.STAGES)
     parser.add_argument("seed", nargs="?", default="0", type=seed)
     parser.add_argument("replay", nargs="?", choices=("replay",))
     args = parser.parse_args(argv)
