@@ -51,10 +51,11 @@ def write(folder: Path) -> list[str]:
         raise ResultError(folder, "is not a folder", "Give the run's folder, such as results/tiny.")
     runs, absent = load_runs(folder)
     manifests, found = load_manifests(folder), load_maps(folder)
+    of_study = study.load(study.PLAN, ROOT / study.FOLDER / "results")
     groups, drawn = {}, dict(found)
     missing = [f"{baseline} and its variants: not evaluated" for baseline in absent]
     for baseline, run in runs.items():
-        groups[baseline] = group = describe(run)
+        groups[baseline] = group = describe(run, of_study)
         missing += run.missing
         pictures = figures.draw(run, group)
         group["figures"] = list(pictures)
@@ -95,7 +96,7 @@ def write(folder: Path) -> list[str]:
     return [plain(line) for line in (*said, *(f"missing: {line}" for line in missing), str(folder / "report.html"))]
 
 
-def describe(run: Run) -> dict[str, Any]:
+def describe(run: Run, of_study: study.Results) -> dict[str, Any]:
     """All numbers and sentences of a baseline and its variants."""
     group: dict[str, Any] = {"seeds": run.seeds, "baseline": run.variants[0]} | comparison.scores(run)
     group |= {"blind_tasks": run.blind, "blind": comparison.sight(run)}
@@ -105,8 +106,7 @@ def describe(run: Run) -> dict[str, Any]:
         name: {stage: setting.to_arguments() for stage, setting in stages.items()}
         for name, stages in run.settings.items()
     }
-    known = study.load(study.PLAN, ROOT / study.FOLDER / "results")
-    return group | {"verdicts": verdicts.sentences(group) + study.beside(group, known)}
+    return group | {"verdicts": verdicts.sentences(group) + study.beside(group, of_study)}
 
 
 def submissions(runs: Iterable[Run]) -> list[tuple[dict[str, Any], Submission]]:
