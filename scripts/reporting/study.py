@@ -48,15 +48,19 @@ ALTS = {
     "position": "the image's share by position",
     "weight": "accuracy by the term's weight",
 }
+SEEN = ("Of", "In", "Answer", "Difference [95% interval]", "Could have seen", "Seeds")
 EXPLAINED = (
-    "The smallest effect that could have been seen is one that a paired t-test shows four times in five. It is of so "
-    "many seeds, spread as these, at p < 0.05. In question 1 it is at p < 0.05 / 6, Holm's hardest case."
+    "Where no difference was seen, **could have seen** is the smallest true one that a paired t-test shows four times "
+    "in five. It is of so many seeds, spread as these, at p < 0.05. In question 1 it is at p < 0.05 / 6, Holm's "
+    "hardest case.\n\n"
+    "Question 1 alone is corrected for the number of its comparisons. Of twenty others, one may differ by chance."
 )
 SIZES = (
     "The weighted term divided by the cross-entropy: the value, then the norms of the gradients with regard to "
     f"{', '.join(PARTS)}."
 )
 SAID = {
+    "thirds": "accuracy, last third - first third",
     "right_slope": "slope of the accuracy",
     "kl_slope": "slope of the KL divergence",
     "auroc": "AUROC",
@@ -251,24 +255,24 @@ def number(value: float) -> str:
     return f"{value:+.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:+.2g}"
 
 
-def told(effect: Effect | None, unit: str, alpha: float = DIFFERS, differs: bool | None = None) -> str:
-    """An effect in words; where none is seen, the smallest that could have been."""
+def told(effect: Effect | None, unit: str, alpha: float = DIFFERS, differs: bool | None = None) -> list[str]:
+    """The last cells of SEEN: an effect, the smallest that could have been seen where none was, and the seeds."""
     if effect is None:
-        return "not known: no seed has both runs"
-    found = effect.interval
+        return ["no seed has both runs", NONE, "0"]
+    found, seeds = effect.interval, f"{len(effect.seeds)} of {effect.planned}"
     if found["value"] is None or found["ci95"] is None or found["p"] is None:
-        return "not known: it cannot be computed"
-    of = f"{len(effect.seeds)} of {effect.planned} seeds"
-    text = f"{number(found['value'])} {unit}".strip() + f" (95% interval {ci(found['ci95'], '+.3g')}, {of})"
+        return ["it cannot be computed", NONE, seeds]
+    text = f"{number(found['value'])} {ci(found['ci95'], '+.3g')} {unit}".strip()
     if effect.differs if differs is None else differs:
-        return text
+        return [text, NONE, seeds]
     smallest = effect.smallest(alpha)
-    could = "not known of fewer than three seeds" if smallest is None else f"{smallest:.2g} {unit}".strip()
-    return f"{text}. No difference seen. The smallest that could have been: {could}"
+    return [text, "needs three seeds" if smallest is None else f"{smallest:.2g}", seeds]
 
 
 def short(name: str) -> str:
-    return {L2: "l2", COSINE: "cosine"}.get(name, name.removeprefix(f"{L2}-") if name in ABLATIONS else name)
+    plain = {BASE: "baseline", L2: "l2", COSINE: "cosine"}
+    plain |= dict(zip(TINYLLAVA, ("its baseline", "TinyLLaVA's l2", "TinyLLaVA's cosine"), strict=True))
+    return plain.get(name, name.removeprefix(f"{L2}-"))
 
 
 def primary(study: Study) -> list[tuple[str, Sequence[str], Effect | None, float]]:
@@ -283,83 +287,77 @@ def answers(study: Study) -> list[str]:
     out = ["### 1. Does VISTA change accuracy?"]
     rows = []
     for name, tasks, effect, p in primary(study):
-        task = tasks[0] if len(tasks) == 1 else "both"
         verdict = "yes" if p < DIFFERS else "no"
         if effect is None or len(effect.seeds) < effect.planned:
             verdict = f"{'not known' if effect is None else verdict} (not complete)"
-        said = told(effect, "points", BONFERRONI, p < DIFFERS)
+        shown = told(effect, "points", BONFERRONI, p < DIFFERS)
         if blind := study.blind(name, tasks):
-            everything = told(study.effect(name, BASE, tasks, all_seeds=True), "points", BONFERRONI)
-            said += (
-                f". This is without seeds {', '.join(map(str, blind))}, whose baseline does not see. With: {everything}"
-            )
-        rows.append([short(name), task, verdict, said, f"{p:.2g}"])
-    out.append(table(["VISTA", "Task", "Answer", "Difference to the baseline", "p, Holm over the six"], rows))
+            without = f"without seeds {', '.join(map(str, blind))}, whose baseline does not see"
+            with_them = told(study.effect(name, BASE, tasks, all_seeds=True), "points")[0]
+            shown[0] += f" {without}; with them {with_them}"
+        rows.append([*what(name, BASE, tasks), verdict, *shown, f"{p:.2g}"])
+    out.append(table([*SEEN, "p, Holm over the six"], rows))
 
     out.append("### 2. Does the image's share fall with position, and does VISTA slow the fall?")
     rows = []
     for measure in ("kl_slope", "right_slope"):
         base = study.level(BASE, measure)
         falls = bool(base and base["ci95"] and base["ci95"][1] < 0)
-        if base is None or base["value"] is None or base["ci95"] is None:
-            rows.append([SAID[measure], "baseline", "not known", "no run"])
-            continue
-        said = f"{number(base['value'])} {UNITS[measure]} (95% interval {ci(base['ci95'], '+.3g')})"
-        rows.append([SAID[measure], "baseline", "it falls" if falls else "no fall seen", said])
+        rows.append(level_row(study, measure, "it falls" if falls else "no fall seen"))
         for name in (L2, COSINE):
             effect, own = study.effect(name, BASE, (measure,)), study.level(name, measure)
-            slower = bool(effect and effect.differs and effect.by_seed and np.mean(effect.by_seed) > 0)
-            nearer = bool(own and own["value"] is not None and abs(own["value"]) < abs(base["value"]))
-            verdict = "not known" if effect is None else "yes" if falls and slower and nearer else "no"
-            rows.append([SAID[measure], f"{short(name)} - baseline", verdict, told(effect, UNITS[measure])])
-    out.append(table(["Measure", "Of", "Answer", "Slope, or difference of slopes"], rows))
+            slower = bool(effect and effect.differs and np.mean(effect.by_seed) > 0)
+            nearer = bool(own and base and abs(own["value"] or 0) < abs(base["value"] or 0))
+            rows.append(row(study, name, BASE, (measure,), yes=falls and slower and nearer))
+    out.append(table(SEEN, rows))
 
     out.append("### 3. Does VISTA change more where texts are longer?")
     out.append("Words in the last third of the positions against those in the first, in the same answers.")
-    compared: list[tuple[str, str, Sequence[str]]] = [(name, BASE, ("thirds",)) for name in (L2, COSINE)]
-    out.append(plainly(study, compared, lambda name, base, _: f"{short(name)} - {short(base)}", "points"))
+    out.append(table(SEEN, [row(study, name, BASE, ("thirds",)) for name in (L2, COSINE)]))
 
     out.append("### 4. Do similarity maps localise better?")
     rows = []
     for measure in ("auroc", "hit"):
-        base = study.level(BASE, measure)
-        if base and base["value"] is not None and base["ci95"]:
-            said = f"{base['value']:.3f} (95% interval {ci(base['ci95'], '.3f')})"
-            rows.append([SAID[measure], "baseline", NONE, said])
-        for name in (L2, COSINE):
-            effect = study.effect(name, BASE, (measure,))
-            rows.append([SAID[measure], f"{short(name)} - baseline", verdict_of(effect), told(effect, UNITS[measure])])
-    out.append(table(["Measure", "Of", "Answer", "Value, or difference"], rows))
+        rows += [level_row(study, measure), *(row(study, name, BASE, (measure,)) for name in (L2, COSINE))]
+    out.append(table(SEEN, rows))
 
     out.append("### 5. Is l2 better than cosine, t/m than a flat ramp, the mean over d than Eq. 10's sum?")
-    compared = [(L2, other, TASKS) for other in (COSINE, f"{L2}-flat", f"{L2}-sum")]
-    out.append(plainly(study, compared, lambda name, base, _: f"{short(name)} - {short(base)}", "points"))
+    out.append(table(SEEN, [row(study, L2, other, TASKS) for other in (COSINE, f"{L2}-flat", f"{L2}-sum")]))
 
     out.append("### 6. In which stage does the term act?")
-    rows = []
-    for stage in ("stage-1", "stage-2"):
-        for measures, said, unit in (
-            (TASKS, "mean accuracy", "points"),
-            *(((key,), SAID[key], UNITS[key]) for key in ("kl_slope", "right_slope")),
-        ):
-            effect = study.effect(f"{L2}-{stage}", BASE, measures)
-            rows.append([stage, said, verdict_of(effect), told(effect, unit)])
-    out.append(table(["Term in", "Measure", "Answer", "Difference to the baseline"], rows))
+    rows = [
+        row(study, f"{L2}-{stage}", BASE, measures)
+        for stage in ("stage-1", "stage-2")
+        for measures in (TASKS, ("kl_slope",), ("right_slope",))
+    ]
+    out.append(table(SEEN, rows))
     return out
 
 
-def verdict_of(effect: Effect | None) -> str:
-    if effect is None:
-        return "not known"
-    return ("yes" if effect.differs else "no") + ("" if len(effect.seeds) == effect.planned else " (not complete)")
+def what(name: str, base: str, measures: Sequence[str]) -> list[str]:
+    """What is compared, and in what: the first cells of a row."""
+    return [f"{short(name)} - {short(base)}", "both tasks" if measures == TASKS else SAID.get(*measures, *measures)]
 
 
-def plainly(study: Study, compared: Sequence[tuple[str, str, Sequence[str]]], label: Any, unit: str) -> str:
-    rows = []
-    for name, base, measures in compared:
-        effect = study.effect(name, base, measures)
-        rows.append([label(name, base, measures), verdict_of(effect), told(effect, unit)])
-    return table(["Of", "Answer", "Difference"], rows)
+def row(study: Study, name: str, base: str, measures: Sequence[str], yes: bool | None = None) -> list[str]:
+    """One comparison. yes: its answer, where another thing than its interval decides."""
+    effect = study.effect(name, base, measures)
+    verdict = "not known"
+    if effect is not None:
+        verdict = "no difference seen" if not effect.differs else "higher" if np.mean(effect.by_seed) > 0 else "lower"
+        if yes is not None:
+            verdict = "yes" if yes else "no"
+        verdict += "" if len(effect.seeds) == effect.planned else " (not complete)"
+    return [*what(name, base, measures), verdict, *told(effect, UNITS.get(measures[0], "points"))]
+
+
+def level_row(study: Study, measure: str, verdict: str = NONE) -> list[str]:
+    """The baseline's own value."""
+    base, seeds = study.level(BASE, measure), len(study.seeds(BASE))
+    if base is None or base["value"] is None or base["ci95"] is None:
+        return [short(BASE), SAID[measure], "not known", "no run", NONE, "0"]
+    shown = f"{base['value']:.3g} {ci(base['ci95'], '.3g')} {UNITS[measure]}".strip()
+    return [short(BASE), SAID[measure], verdict, shown, NONE, f"{seeds}"]
 
 
 def sweep(study: Study) -> str:
@@ -369,12 +367,12 @@ def sweep(study: Study) -> str:
         if not study.scores(name, TASKS[0]):
             continue
         effect = study.effect(name, BASE, TASKS)
-        shown = [told(effect, "points")]
+        shown = told(effect, "points")
         for state in SIZE_STATES[1:]:
             ratios = study.ratios(name, state, weight)
             shown.append(", ".join(f"{ratios[key]:.2g}" for key in ("value", *PARTS)))
         rows.append([f"{weight:g}", *shown])
-    return table(["Weight of l2", "Difference in mean accuracy", *SIZE_STATES[1:]], rows)
+    return table(["Weight of l2", *SEEN[3:], *SIZE_STATES[1:]], rows)
 
 
 def scores(study: Study) -> str:
@@ -454,7 +452,7 @@ def curves(study: Study) -> bytes:
             value_nF = scale * np.mean([run[key] for run in runs], axis=0)
             chosen = [known_nF & (bins_nF == k) for k in range(8)]
             points = [(token_nF[some].mean(), value_nF[some].mean()) for some in chosen if some.any()]
-            axis.plot(*zip(*points, strict=True), "o-", color=color, ms=3, label=label(name))
+            axis.plot(*zip(*points, strict=True), "o-", color=color, ms=3, label=short(name))
     axes[0].set_ylabel("KL(true || swapped image), nats")
     axes[1].set(ylabel="right, %", xlabel="position of the word's first token")
     if axes[0].lines:
@@ -462,16 +460,12 @@ def curves(study: Study) -> bytes:
     return svg(figure)
 
 
-def label(name: str) -> str:
-    return "baseline" if name == BASE else short(name)
-
-
 def effects(study: Study) -> bytes:
     """Each variant's difference to the baseline, by task and in their mean."""
     names = [name for name in (L2, COSINE, *ABLATIONS) if study.seeds(name, BASE)]
-    color = {label(name): COLORS[1 + k] for k, name in enumerate(names)}
+    color = {short(name): COLORS[1 + k] for k, name in enumerate(names)}
     rows = {
-        said: {label(n): point(e) for n in names if (e := study.effect(n, BASE, tasks))}
+        said: {short(n): point(e) for n in names if (e := study.effect(n, BASE, tasks))}
         for said, tasks in (("both", TASKS), *((task, (task,)) for task in TASKS))
     }
     figure, axis = figures.forest(rows, color, "Difference to the baseline (points, 95% interval)")
@@ -540,8 +534,8 @@ def compose(results: Results, pilot: Results) -> tuple[str, dict[str, bytes]]:
         parts += answers(study)
         parts += ["### Does the term's size explain it?", SIZES, sweep(study)]
         parts += ["### The other backbone"]
-        others = [(name, TINYLLAVA[0], tasks) for name in TINYLLAVA[1:] for tasks in (("easyvqa",), ("digits",), TASKS)]
-        parts.append(plainly(study, others, lambda name, _, tasks: f"{name}, {' and '.join(tasks)}", "points"))
+        compared = [(name, tasks) for name in TINYLLAVA[1:] for tasks in (("easyvqa",), ("digits",), TASKS)]
+        parts.append(table(SEEN, [row(study, name, TINYLLAVA[0], tasks) for name, tasks in compared]))
         parts += ["## Every run", scores(study), "## Whether the baselines see", sights(study)]
     parts += ["## Pilots", *power(pilot)]
     if results:
