@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -34,7 +34,7 @@ MISTRAL, QWEN = (LLAMA.replace("llama", name.lower()).replace("Llama", name) for
 @dataclass(frozen=True)
 class Fork:
     """A row of the table. `says`: what `check` must say beside its verdict, as a pattern. `raises`: what the first
-    training step must say instead of adding the term."""
+    training step must say instead of adding the term, by the number of rows in its batch."""
 
     repository: str
     commit: str
@@ -42,7 +42,7 @@ class Fork:
     classes: tuple[str, ...] = ()  # those that run here
     folder: str = "."  # where their package lies
     says: str = ""
-    raises: str = ""
+    raises: dict[int, str] = field(default_factory=dict)
 
 
 FORKS = [
@@ -146,13 +146,20 @@ FORKS = [
         "B",
         ("vtimellm.model.vtimellm_llama:VTimeLLMLlamaForCausalLM",),
     ),
+    Fork(  # its decoder takes [positions, rows, d]; 11 rows are as many as there are positions
+        "huangb23/VTimeLLM",
+        "c34ae56455c470ecbe002cbc53e30d5e67b03948",
+        "B",
+        ("vtimellm.model.vtimellm_chatglm:VTimeLLMChatGLMForCausalLM",),
+        raises={1: "or not the first axis", 11: "did not arrive as its embedding gave it"},
+    ),
     Fork(
         "Beckschen/LLaVolta",
         "31ec1516ac282b7aa53a0d11e476f7295523ed3e",
         "C",
         (LLAMA,),
         says=r"llava_mistral\.py:81: [^;]* unpacks 6 values, but [^;]* returns 7",
-        raises="rows are packed or dropped on the way",
+        raises={1: "rows are packed or dropped on the way"},
     ),
     Fork("Yxxxb/VoCo-LLaMA", "3b6e14d9fe9d6b5793c48aa2665aeca45660a082", "C", (LLAMA.replace("ma:", "ma_1stg:"),)),
     Fork(
@@ -213,7 +220,40 @@ FORKS = [
         "SHI-Labs/VCoder",
         "4e85acef896cee7843257d5d844ec945407efb13",
         "A",
-        ("vcoder_llava.model.language_model.llava_llama:LlavaLlamaForCausalLM",),
+        (
+            "vcoder_llava.model.language_model.llava_llama:LlavaLlamaForCausalLM",
+            "vcoder_llava.model.language_model.vcoder_it_llava_llama:VCoderITLlavaLlamaForCausalLM",
+        ),
+    ),
+    Fork(  # where it gets segmentation maps, its text comes from a copy of the token embedding
+        "SHI-Labs/VCoder",
+        "4e85acef896cee7843257d5d844ec945407efb13",
+        "A",
+        ("vcoder_llava.model.language_model.vcoder_ds_llava_llama:VCoderDSLlavaLlamaForCausalLM",),
+        raises={1: r"got embeddings that its get_input_embeddings\(\) did not give"},
+    ),
+    Fork(  # it skips the tokens <mask> and <pos>, for which a region's features come, and which no config names
+        "CircleRadon/Osprey",
+        "deb0e57d7e771e8d2a8652236b0e348efb9b5c6a",
+        "A",
+        ("osprey.model.language_model.osprey_llama:OspreyLlamaForCausalLM",),
+        raises={1: "token 62 of input_ids did not arrive as its embedding gave it"},
+    ),
+    Fork(
+        "apple/ml-ferret",
+        "3c9e5c93c2c3048638f73848343d03f37824eb2b",
+        "A",
+        ("ferret.model.language_model.ferret_llama:FERRETLlamaForCausalLM",),
+        says=r"ferret_mpt\.py:73: [^;]* unpacks 5 values, but [^;]* returns 6",
+    ),
+    Fork(
+        "DLCV-BUAA/TinyLLaVABench",
+        "2d2105fc7d44781464e7f503986bbfac270a8e22",
+        "C",
+        (
+            "tinyllava.model.language_model.llava_llama:TinyLlavaLlamaForCausalLM",
+            "tinyllava.model.language_model.llava_phi:TinyLlavaPhiForCausalLM",
+        ),
     ),
     Fork(
         "Gumpest/SparseVLMs",
@@ -240,7 +280,7 @@ FORKS = [
         "6444f304aee4b7edcb022839fb9e8cd07859704a",
         "C",
         (LLAMA.replace("ma:", "ma_pdrop:") + "_PDrop",),
-        raises="did not run",
+        raises={1: "did not run"},
     ),
     Fork(  # with a plain projector; its spatial aggregator writes into the decoder's image positions, on TPUs
         "cambrian-mllm/cambrian",
@@ -276,6 +316,13 @@ FORKS = [
     ),
 ]
 
+# Tokens beside IMAGE in whose place a class puts features of an image or of a region of it, and how many vectors.
+PLACES = {
+    "VCoderITLlavaLlamaForCausalLM": {-300: 4},
+    "VCoderDSLlavaLlamaForCausalLM": {-300: 4},
+    "OspreyLlamaForCausalLM": {62: 1, 63: 1},
+    "FERRETLlamaForCausalLM": {63: 1},
+}
 TABLE = []
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.helpers", "transformers.models.llama.modeling_llama"])
@@ -324,7 +371,7 @@ def files(root):
 
 
 @pytest.mark.upstream
-@pytest.mark.parametrize("fork", FORKS, ids=[f"{f.repository}@{f.commit[:7]}" for f in FORKS])
+@pytest.mark.parametrize("fork", FORKS, ids=lambda f: f"{f.repository}@{f.commit[:7]}{'-refused' * bool(f.raises)}")
 def test_fork(clone, vision_tower, fork, capsys):
     root = clone(fork.repository, fork.commit)
     before, found = files(root), plan(root)
@@ -341,14 +388,7 @@ def test_fork(clone, vision_tower, fork, capsys):
     assert code == 0
     for f in found.touched:
         compile((root / f.name).read_bytes(), f.name, "exec")
-    depth = []
-    for name in fork.classes:
-        receive, send = PROCESSES.Pipe(duplex=False)
-        PROCESSES.Process(target=report, args=(send, root, fork, name, vision_tower)).start()
-        send.close()
-        right, told = receive.recv()
-        assert right, told[-6000:]
-        depth.append(told)
+    depth = [in_a_process(exercise, root, fork, name, vision_tower) for name in fork.classes]
     for cache in root.rglob("__pycache__"):
         shutil.rmtree(cache)
     assert main(["revert", str(root)]) == 0
@@ -358,12 +398,29 @@ def test_fork(clone, vision_tower, fork, capsys):
     TABLE.append((fork.repository, fork.commit[:7], fork.generation, verdict, tested))
 
 
+@pytest.mark.upstream
+def test_a_trainer_that_drops_the_models_loss(clone, vision_tower):
+    fork = next(fork for fork in FORKS if fork.repository == "shufangxun/LLaVA-MoD")
+    root = clone(fork.repository, fork.commit)
+    assert main(["apply", str(root)]) == 0
+    in_a_process(distil, root, fork, vision_tower)
+
+
+def in_a_process(what, *args):
+    receive, send = PROCESSES.Pipe(duplex=False)
+    PROCESSES.Process(target=report, args=(send, what, *args)).start()
+    send.close()
+    right, told = receive.recv()
+    assert right, told[-6000:]
+    return told
+
+
 # What follows runs in a fork's process.
 
 
-def report(send, *args):
+def report(send, what, *args):
     try:
-        send.send((True, exercise(*args)))
+        send.send((True, what(*args)))
     except BaseException:
         send.send((False, traceback.format_exc()))
 
@@ -442,7 +499,7 @@ def build(cls, vision_tower):
     shape |= {"vocab_size": 64, "num_key_value_heads": 4, "use_cache": False, "attn_implementation": "eager"}
     vision = {"mm_hidden_size": 16, "mm_projector_type": "linear", "mm_vision_tower": str(vision_tower)}
     vision |= {"mm_vision_select_layer": -2, "mm_vision_select_feature": "patch", "tokenizer_model_max_length": 12}
-    if cls.__name__.startswith("TinyLlava"):  # its __init__ loads each part by a name
+    if cls.__name__ == "TinyLlavaForConditionalGeneration":  # its __init__ loads each part by a name
         config = cls.config_class(tokenizer_model_max_length=12)
         config.text_config = LlamaConfig(**shape)
         model = cls.__new__(cls)
@@ -464,12 +521,21 @@ def build(cls, vision_tower):
             modeling_llama.LlamaModel._prepare_decoder_attention_mask = lambda self, *given: (
                 _prepare_4d_causal_attention_mask(*given)
             )
+        if "VCoder" in cls.__name__:
+            vision |= {"mm_vcoder_lm_emb": True, "seg_mm_projector_type": "linear", "seg_mm_hidden_size": 16}
+        if "FERRET" in cls.__name__:
+            vision |= {"region_fea_adapter": True, "im_region_fea_token": 63}
+        if "ChatGLM" in cls.__name__:
+            shape = {"hidden_size": 32, "ffn_hidden_size": 64, "num_layers": 2, "num_attention_heads": 4}
+            shape |= {"kv_channels": 8, "padded_vocab_size": 64, "seq_length": 64, "model_type": "chatglm"}
+            shape |= {"use_cache": False, "torch_dtype": torch.float32, "original_rope": True}
         if "QWen" in cls.__name__:
             shape |= {"kv_channels": 8, "fp32": True, "seq_length": 64, "max_position_embeddings": 64}
         try:
             model = cls(cls.config_class(**shape, **vision))
             model.get_vision_tower().load_model()
-            assert model.encode_images(torch.zeros(2, 3, 8, 8)).shape == (2, 4, 32)
+            features = model.encode_images(torch.zeros(2, 3, 8, 8))
+            assert (features[1] if "FERRET" in cls.__name__ else features).shape == (2, 4, 32)
             return model.train(), "its own CLIP tower"
         except Exception as error:
             print(f"{cls.__name__} without its tower: {error!r}", file=sys.stderr)
@@ -496,7 +562,17 @@ def change(model, repository):
     if repository == "mu-cai/matryoshka-mm":
         model.config.matryoshka_vis_token_scale = [1, 4]
     if repository == "huangb23/VTimeLLM":
-        model.model.mm_projector = nn.Linear(48, 32)
+        model.get_model().mm_projector = nn.Linear(48, 32)
+    if "ChatGLM" in type(model).__name__:  # which leaves its weights as they lay in memory
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    if repository == "CircleRadon/Osprey":
+        model.mask_extractor = type(model.mask_extractor)(mask_shape=4, out_dim=32)
+        model.tokenizer = types.SimpleNamespace(convert_tokens_to_ids=lambda names: [62])
+        model.encode_images = lambda images: (
+            model.stand_in(images.reshape(-1, 4, 48)),
+            {f"res{i + 2}": images[:, :1].repeat(1, 192 * 2**i, 1, 1) for i in range(4)},
+        )
     if repository == "DAMO-NLP-SG/VideoLLaMA3":
         model.config.image_token_index, model.config.use_token_compression = 63, False
         model.get_vision_encoder = model.get_vision_tower
@@ -528,8 +604,23 @@ def change(model, repository):
     return newer
 
 
-def batch_for(fork, model, left):
-    """Stock's batch as the fork takes it, and the number of image tokens for an image in each run of its decoder."""
+def rows_of(model):
+    """ROWS with the class's other places of images after the last image of a row."""
+    from tests.helpers import IMAGE, ROWS
+
+    more, rows = PLACES.get(type(model).__name__, {}), []
+    for row in ROWS:
+        if "FERRET" in type(model).__name__ and row.count(IMAGE) > 1:  # it takes one a row
+            row = row[: row.index(IMAGE)] + [token for token in row if token != IMAGE]
+        at = len(row) - row[::-1].index(IMAGE) if IMAGE in row else 0
+        rows.append([*row[:at], *more, *row[at:]] if at else row)
+    return rows
+
+
+def batch_for(fork, model, left, number=None):
+    """Stock's batch as the fork takes it, and the number of image tokens for an image in each run of its decoder.
+
+    number: of rows like the first one, in place of all."""
     import torch
 
     from tests.helpers import IMAGE, ROWS, batch
@@ -542,7 +633,15 @@ def batch_for(fork, model, left):
         given["pixel_values"] = torch.randn(len(modals) * 16, 12, generator=torch.Generator().manual_seed(1))
         del given["images"]
         return given | {"grid_sizes": sizes[0], "merge_sizes": sizes[1], "modals": modals}, [4]
-    given = batch(ROWS[:1] if fork.raises else ROWS, left)
+    rows = rows_of(model)
+    given = batch(rows if number is None else rows[:1] * number, left)
+    given["labels"][given["input_ids"] < 0] = -100
+    if "segs" in inspect.signature(model.forward).parameters:
+        given["segs"] = given["images"][: len(given["input_ids"])].flip(0)
+    if fork.repository == "CircleRadon/Osprey":
+        given["masks"] = [(torch.arange(16).view(1, 4, 4) < 4 + i).float() for i in range(len(given["input_ids"]))]
+    if fork.repository == "apple/ml-ferret":
+        given["region_masks"] = [[torch.arange(16).view(4, 4) < 4 + i] * (63 in row) for i, row in enumerate(rows)]
     model.cached_image_features = None  # ALLaVA's, which holds a graph that is gone
     if "modalities" in inspect.signature(model.forward).parameters:
         given |= {"modalities": ["image"] * len(ROWS), "images": [image[None] for image in given["images"]]}
@@ -561,12 +660,36 @@ def decoder_of(model):
     return [m for m in around if "inputs_embeds" in inspect.signature(m.forward).parameters][-1]
 
 
+def kinds(fork, model, x, patches, left):
+    """Which positions of x are text and which are image, counted out from the rows."""
+    import torch
+
+    from tests.helpers import IMAGE
+
+    rows, places = rows_of(model), PLACES.get(type(model).__name__, {})
+    text, image = torch.zeros(x.shape[:2]).bool(), torch.zeros(x.shape[:2]).bool()
+    a, width = fork.generation == "A", max(map(len, rows))  # A leaves the padding where it is, and cuts nothing
+    for b, row in enumerate(rows):
+        pad = ["P"] * (width - len(row)) if a else []
+        row = [kind for t in row for kind in ["I"] * (patches if t == IMAGE else places.get(t, 0)) or ["T"]]
+        row = row if a or fork.repository == "DAMO-NLP-SG/VideoLLaMA3" else row[:12]
+        row = pad + row if left else row + pad
+        start = x.shape[1] - len(row) if left and not a else 0
+        for i, kind in enumerate(row):
+            text[b, start + i], image[b, start + i] = kind == "T", kind == "I"
+    words = model.get_input_embeddings()
+    for b, row in enumerate(rows):
+        kept = [token for token in row if token not in (IMAGE, *places)][: text[b].sum()]
+        torch.testing.assert_close(x[b, text[b]], words(torch.tensor(kept, dtype=torch.long)), rtol=0, atol=0)
+    return text, image
+
+
 def exercise(root, fork, name, vision_tower):
     """What the patched class computes; returns how deep that went."""
     import torch
 
     import vista_patch
-    from tests.helpers import IMAGE, ROWS, gradients, reference
+    from tests.helpers import gradients, reference
 
     module, missing = load(Path(root, fork.folder), name.partition(":")[0])
     cls = getattr(module, name.partition(":")[2])
@@ -575,11 +698,11 @@ def exercise(root, fork, name, vision_tower):
     model, images_by = build(cls, vision_tower)
     missing |= set(change(model, fork.repository))
 
-    def run(forward, left, term=None, **more):
+    def run(forward, left, term=None, number=None, **more):
         """Loss, logits, gradients, inputs afterwards, and what the decoder took and gave in runs with a gradient.
 
         `term`: of those runs, is added to the loss before its gradients are taken."""
-        seen, (given, _) = [], batch_for(fork, model, left)
+        seen, (given, _) = [], batch_for(fork, model, left, number)
 
         def see(_, args, kwargs, output):
             if torch.is_grad_enabled():
@@ -600,37 +723,22 @@ def exercise(root, fork, name, vision_tower):
         given = {key: value for key, value in given.items() if torch.is_tensor(value)}
         return (loss.detach(), logits.detach(), grads, given), [(x.detach(), h.detach()) for x, h in seen]
 
-    def kinds(x, patches, left):
-        """Which positions of x are text and which are image, counted out from the rows."""
-        text, image = torch.zeros(x.shape[:2]).bool(), torch.zeros(x.shape[:2]).bool()
-        a, width = fork.generation == "A", max(map(len, ROWS))  # A leaves the padding where it is, and cuts nothing
-        for b, row in enumerate(ROWS):
-            pad = ["P"] * (width - len(row)) if a else []
-            row = [kind for token in row for kind in (["I"] * patches if token == IMAGE else ["T"])]
-            row = row if a or fork.repository == "DAMO-NLP-SG/VideoLLaMA3" else row[:12]
-            row = pad + row if left else row + pad
-            start = x.shape[1] - len(row) if left and not a else 0
-            for i, kind in enumerate(row):
-                text[b, start + i], image[b, start + i] = kind == "T", kind == "I"
-        words = model.get_input_embeddings()
-        for b, row in enumerate(ROWS):
-            kept = [token for token in row if token != IMAGE][: text[b].sum()]
-            torch.testing.assert_close(x[b, text[b]], words(torch.tensor(kept, dtype=torch.long)), rtol=0, atol=0)
-        return text, image
-
-    checked = 0
+    checked, told = 0, []
     for left in (False,) if fork.raises else (False, True):
         model.config.tokenizer_padding_side = "left" if left else "right"
+        for number, says in fork.raises.items():
+            run(lambda **kwargs: stock(model, **kwargs), left, number=number)
+            model.config.vista = {"metric": "l2"}
+            with pytest.raises(RuntimeError, match=f"VISTA: .*{says}") as error:
+                run(model, left, number=number)
+            told.append(f"`{error.value}`")
+            del model.config.vista
+            with pytest.raises(RuntimeError, match=says), vista_patch.patch(model, "l2"):
+                run(model, left, number=number)
+        if fork.raises:
+            continue
         plain, seen = run(lambda **kwargs: stock(model, **kwargs), left)
         patches = batch_for(fork, model, left)[1]
-        if fork.raises:
-            model.config.vista = {"metric": "l2"}
-            with pytest.raises(RuntimeError, match=f"VISTA: .*{fork.raises}") as told:
-                run(model, left)
-            del model.config.vista
-            with pytest.raises(RuntimeError, match=fork.raises), vista_patch.patch(model, "l2"):
-                run(model, left)
-            continue
         for off in (None, {"metric": "off"}, {"metric": "l2", "weight": 0.0}):
             model.config.vista = off
             torch.testing.assert_close(run(model, left)[0], plain, rtol=0, atol=0)
@@ -638,13 +746,17 @@ def exercise(root, fork, name, vision_tower):
 
             def term(seen, metric=metric, left=left, patches=patches):
                 assert len(seen) == len(patches)
-                runs = [(x, h, *kinds(x.detach(), n, left)) for (x, h), n in zip(seen, patches, strict=True)]
+                runs = [
+                    (x, h, *kinds(fork, model, x.detach(), n, left)) for (x, h), n in zip(seen, patches, strict=True)
+                ]
                 return 0.5 * sum(reference(*one, metric, "mean", "t/m") for one in runs) / len(runs)
 
             model.config.vista = {"metric": metric, "weight": 0.5}
             vista_patch.vista_metrics(model)  # of the steps before
             ours, _ = run(model, left)
-            assert vista_patch.vista_metrics(model)["loss_ce"] == plain[0].item()
+            figures = vista_patch.vista_metrics(model)
+            assert figures["loss_ce"] == plain[0].item()
+            assert 0.5 * figures["loss_vista"] == pytest.approx(term(seen).item(), rel=1e-5, abs=1e-6)
             del model.config.vista
             expected, _ = run(lambda **kwargs: stock(model, **kwargs), left, term)
             torch.testing.assert_close((ours[0] - plain[0]).double(), term(seen), rtol=1e-5, atol=1e-6)
@@ -672,5 +784,68 @@ def exercise(root, fork, name, vision_tower):
         with pytest.raises(RuntimeError, match="is trained without its term"):  # as by LLaVA-MoD's only_kd
             logits.float().pow(2).mean().backward()
     without = f", without {', '.join(sorted(missing))}" if missing else ""
-    says = f": `{told.value}`" if fork.raises else ""
+    says = f": {told[0]}" if told else ""
     return f"{cls.__name__}: real class, {images_by}{without}{says}"
+
+
+def distil(root, fork, vision_tower):
+    """Steps of LLaVA-MoD's own trainer, which can train on a teacher's probabilities alone."""
+    import torch
+    from torch import nn
+    from transformers import TrainingArguments
+
+    import vista_patch
+    from tests.helpers import gradients, reference
+
+    module, name = fork.classes[0].split(":")
+    cls = getattr(load(root, module)[0], name)
+    trainers = importlib.import_module("llavamod.train.align_trainer")
+    student, teacher = build(cls, vision_tower)[0], build(cls, vision_tower)[0]
+    for parameter in teacher.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    change(student, fork.repository)
+
+    def step(loss_type, attach=False, wanted=False):
+        """A training step's loss and gradients. `wanted`: the term is the reference's."""
+        arguments = TrainingArguments(root / "out", use_cpu=True, report_to=[])
+        arguments.moe_enable = arguments.distill_all_tokens = False
+        trainer = trainers.AlignTrainer(student, nn.DataParallel(teacher), arguments, loss_type=loss_type)
+        own, seen = trainer.compute_loss, []
+
+        def compute_loss(*args):
+            loss = own(*args)
+            ((x, h),) = seen
+            return loss + 0.5 * reference(x, h, *kinds(fork, student, x.detach(), 4, False), "l2", "mean", "t/m")
+
+        if wanted:
+            trainer.compute_loss = compute_loss
+        if attach:
+            vista_patch.attach(trainer, "l2", weight=0.5)
+        hook = decoder_of(student).register_forward_hook(
+            lambda _, args, kwargs, output: seen.append((kwargs["inputs_embeds"], output[0])), with_kwargs=True
+        )
+        try:
+            loss = trainer.training_step(student, batch_for(fork, student, False)[0])
+            return loss.double(), gradients(student)
+        finally:
+            hook.remove()
+            student.zero_grad()
+
+    decorated = cls.forward
+    for loss_type in ("only_kd", "align_and_lm"):
+        cls.forward = decorated.__wrapped__
+        plain, wanted = step(loss_type), step(loss_type, wanted=True)
+        cls.forward = decorated
+        assert wanted[0] > plain[0] + 0.01
+        student.config.vista = {"metric": "off"}
+        torch.testing.assert_close(step(loss_type), plain, rtol=0, atol=0)
+        student.config.vista = {"metric": "l2", "weight": 0.5}
+        if loss_type == "only_kd":
+            why = "the loss that its forward returns is not the one that is trained on"
+            with pytest.raises(
+                RuntimeError, match=f"VISTA: {name} is trained without its term: {why}. vista_patch.attach"
+            ):
+                step(loss_type)
+        else:
+            torch.testing.assert_close(step(loss_type), wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(step(loss_type, attach=True), wanted, rtol=1e-4, atol=1e-6)
