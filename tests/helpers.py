@@ -111,6 +111,7 @@ def run_stock(
         environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}
     # With two ranks on a CPU, deepspeed 0.14.5 sometimes starts from garbage (a NaN loss) or dies at its end.
     for _ in range(3 if launcher else 1):
+        launch.remove_left_buffers()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started, out = subprocess.Popen(command, cwd=ROOT, env=inherited | environment, **pipes), None
         while out is None:

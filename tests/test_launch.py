@@ -292,6 +292,17 @@ def test_a_compiler_that_takes_long_keeps_its_lock(tmp_path):
     assert not path.exists()
 
 
+def test_the_memory_that_ranks_leave_is_given_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(launch, "SHARED", tmp_path)
+    left, used, others = (tmp_path / f"deepspeed_allreduce_buffer_{os.getuid() + user}_127.0.0.1_{port}_0"
+                          for user, port in ((0, 1), (0, 2), (1, 1)))  # fmt: skip
+    for path in (left, used, others):
+        path.touch()
+    with used.open():
+        launch.remove_left_buffers()
+        assert sorted(tmp_path.iterdir()) == sorted([used, others])
+
+
 # -- children
 
 
