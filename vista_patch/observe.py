@@ -186,7 +186,8 @@ class Step:
         # The places of images: negative ids, and those that the config names, unless they arrive as text.
         named, cuts = named_tokens(self.model.config, ids), L in lengths(self.model.config)
         named_BT = among(ids, named)
-        arrived = count(torch.where(match_BL, id_BL, NONE), id_BT) > count(torch.where(named_BT, NONE, id_BT), id_BT)
+        found_BT = count(torch.where(match_BL, id_BL, NONE), id_BT)
+        arrived = (id_BT != NONE) & (found_BT > count(torch.where(named_BT, NONE, id_BT), id_BT))
         place_BT = (ids < 0) | (named_BT & ~arrived)
 
         # Two ways to feed a decoder: attended tokens alone, or all tokens with their padding.
