@@ -96,7 +96,7 @@ def vista_metrics(model: nn.Module, where: str = "this call") -> dict[str, float
     """Means over the micro-steps since the last call, and over ranks; empty where VISTA is off or nothing has run.
 
     loss_ce; loss_vista (unweighted); vista_cosine, of text tokens to s; vista_share, of samples the term applied to.
-    It waits for the device, and nothing else here does: call it at logging steps, on every rank alike.
+    It waits for the device: call it at logging steps, on every rank alike.
     Raises FloatingPointError, naming the term and the first micro-step before `where` that was not finite, and
     RuntimeError where the model has trained since the last call without the term.
     """

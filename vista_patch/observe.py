@@ -139,7 +139,7 @@ class Step:
         if not torch.is_tensor(ids) or not self.embedded:
             raise self.error(
                 f"its decoder, {name}, got embeddings that its get_input_embeddings() did not give: pass input_ids, "
-                "not inputs_embeds"
+                "not inputs_embeds; a model that looks up its text in another table is not reached"
             )
         if x.shape[:2] != h.shape[:2] or len(x) != len(ids):
             raise self.error(
