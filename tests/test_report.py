@@ -666,6 +666,7 @@ def test_a_harness_is_calibrated_or_not_or_cannot_tell(public, tmp_path, capsys)
     text = (tmp_path / "report.md").read_text()
     assert re.search(r"(?m)^- \*\*NOT CALIBRATED: llava-v1.5-7b-public .* 1 of the 2 .*: GQA by -3.00", text)
     assert "## Scores" not in text and "### What cannot be compared, and why" in text
+    assert text.startswith("# Calibration: ") and re.search(r"Task versions: gqa \S+, mme \S+, vqav2_val \S", text)
     shutil.rmtree(public.folder / "gqa")
     assert public(3.0)["state"] == "calibrated" and "Not evaluated: GQA." in capsys.readouterr().out
     shutil.rmtree(public.folder / "mme")

@@ -174,8 +174,8 @@ def prose(
     columns, of_paper = r["columns"], bool(deltas)
     said = [sentence for group in groups.values() for sentence in group["verdicts"]]
     said += [c.sentence() for c in calibrations if c.state != "missing"]
-    by_task = {column["task"]: column for column in columns.values()}
-    versions = ((task, column["version"]) for task, column in by_task.items())
+    versions = {task: evaluation.version for c in calibrations for (*_, task), evaluation in c.run.evaluations.items()}
+    versions |= {column["task"]: column["version"] for column in columns.values()}
     return {
         "warnings": [sentence for sentence in said if verdicts.is_warning(sentence)],
         "said": [sentence for sentence in said if not verdicts.is_warning(sentence)],
@@ -205,7 +205,7 @@ def prose(
         "date": r["date"],
         "versions": ", ".join(f"{name} {version}" for name, version in r["versions"].items()),
         "task_versions": ", ".join(
-            f"{task} {tables.NONE if version is None else version}" for task, version in versions
+            f"{task} {tables.NONE if version is None else version}" for task, version in versions.items()
         ),
         "manifests": {name: code(content) for name, content in r["manifests"].items()},
     }
