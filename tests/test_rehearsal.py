@@ -6,6 +6,9 @@ small), the data (easy-vqa's pictures in the JSONs' folders, standins.py's bench
 
 And the small profile, its nine runs, in the same way: `scripts/reproduce.sh --profile small`. Of its tasks there are
 two here; the full profile has them all.
+
+And both public checkpoints, `scripts/reproduce.sh --experiment NAME`: random and small, in the files that the real ones
+have, evaluated on all tasks and on VQAv2's test split, to the report that says whether the harness is calibrated.
 """
 
 import json
@@ -16,7 +19,19 @@ import sys
 import pytest
 
 from scripts import config
-from tests.helpers import ROOT, packed, patched_tinyllava, python_of, qwen2, serving, sha256, small_kit, write_catalog
+from scripts.evaluation.results import read
+from tests.helpers import (
+    ROOT,
+    packed,
+    patched_tinyllava,
+    pickled,
+    python_of,
+    qwen2,
+    serving,
+    sha256,
+    small_kit,
+    write_catalog,
+)
 
 pytestmark = [pytest.mark.rehearsal, pytest.mark.upstream]
 BOTH = {
@@ -81,6 +96,49 @@ def models(folder, lines):
     return made
 
 
+def public_checkpoints(folder):
+    """{the hub's name: files} of the public checkpoints, in the formats of the real repositories. Their parts are those
+    that `models` made in `folder`."""
+    import torch
+    from transformers import LlamaForCausalLM, PhiForCausalLM, SiglipVisionModel
+
+    def projector(language):
+        d = language.config.hidden_size  # the vision tower's, too
+        return torch.nn.Sequential(torch.nn.Linear(d, d), torch.nn.GELU(), torch.nn.Linear(d, d)).half().state_dict()
+
+    def saved(name, language, weights, **how):
+        language.save_pretrained(folder / name, state_dict=weights, max_shard_size="1MB", **how)
+        return contents(folder / name)
+
+    llava, tinyllava = "liuhaotian/llava-v1.5-7b", "tinyllava/TinyLLaVA-Phi-2-SigLIP-3.1B"
+    vicuna, phi, siglip = "lmsys/vicuna-7b-v1.5", "microsoft/phi-2", "google/siglip-so400m-patch14-384"
+
+    language = LlamaForCausalLM.from_pretrained(folder / vicuna).half()  # the vision tower is not in LLaVA's files
+    added = {f"model.mm_projector.{key}": value for key, value in projector(language).items()}
+    told = {"architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava", "use_mm_proj": True}
+    told |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": language.config.hidden_size}
+    told |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    told |= {"mm_use_im_start_end": False, "mm_use_im_patch_token": False, "image_aspect_ratio": "pad"}
+    made = {llava: saved(llava, language, language.state_dict() | added, safe_serialization=False)}
+    made[llava]["config.json"] = json.dumps(json.loads(made[llava]["config.json"]) | told).encode()
+    made[llava] |= {name: data for name, data in contents(folder / vicuna).items() if "token" in name}
+    made[llava]["mm_projector.bin"] = pickled(added)  # again, in a file of their own
+
+    language, vision = PhiForCausalLM.from_pretrained(folder / phi), SiglipVisionModel.from_pretrained(folder / siglip)
+    parts = {"language_model": language.half().state_dict(), "vision_tower._vision_tower": vision.half().state_dict()}
+    parts["connector._connector"] = projector(language)
+    weights = {f"{part}.{key}": value for part, tensors in parts.items() for key, value in tensors.items()}
+    told = {"architectures": ["TinyLlavaForConditionalGeneration"], "model_type": "tinyllava", "torch_dtype": "float16"}
+    told |= {"auto_map": {"AutoModelForCausalLM": "modeling_tinyllava_phi.TinyLlavaForConditionalGeneration"}}
+    told |= {"llm_model_name_or_path": phi, "tokenizer_name_or_path": phi, "vision_model_name_or_path": siglip}
+    told |= {"connector_type": "mlp2x_gelu", "vision_feature_layer": -2, "image_aspect_ratio": "square"}
+    told["vision_config"] = vision.config.to_dict() | {"model_name_or_path": siglip}
+    told["text_config"] = language.config.to_dict()
+    made[tinyllava] = saved(tinyllava, language, weights) | {"config.json": json.dumps(told).encode()}
+    made[tinyllava]["modeling_tinyllava_phi.py"] = b"raise SystemExit('nobody runs this')"
+    return made
+
+
 def serve(server, folder):
     """Fills the hub, and returns the real catalog with the sizes, counts and hashes of what is served."""
     from scripts.miniature import tiny_data
@@ -104,6 +162,11 @@ def serve(server, folder):
     subprocess.run([sys.executable, "-m", "scripts.miniature.standins", folder / "eval"], cwd=ROOT, check=True)
     server.hub |= {f"datasets/{p.parent.relative_to(folder / 'eval')}": contents(p.parent)
                    for p in (folder / "eval").glob("*/*/README.md")}  # fmt: skip
+    vqav2 = server.hub["datasets/lmms-lab/VQAv2"]  # the hub has both splits in one data set
+    card = vqav2["README.md"].replace(
+        b"data/validation-*", b"data/validation-*\n  - split: test\n    path: data/test-*"
+    )
+    vqav2 |= contents(folder / "eval/test/lmms-lab/VQAv2") | {"README.md": card}
     lines = sorted({turn["value"].replace("<image>\n", "") for row in captions + rows for turn in row["conversations"]})
     server.hub |= models(folder / "models", lines)
     server.hub["datasets/liuhaotian/LLaVA-Pretrain"] = {
@@ -145,13 +208,14 @@ def kit(checkout):
 
 
 def reproducer(kit, server, tmp_path, *flags, **variables):
-    """reproduce(): exit code and output of scripts/reproduce.sh with these flags, whose hub is `server`."""
+    """reproduce(): exit code and output of scripts/reproduce.sh with these flags, whose hub is `server`;
+    reproduce(*words): of this command instead."""
     settings = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home")}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | settings | variables
     environment |= {"no_proxy": "127.0.0.1"}
 
-    def reproduce():
-        command = ["scripts/reproduce.sh", *flags]
+    def reproduce(*command):
+        command = command or ["scripts/reproduce.sh", *flags]
         done = subprocess.run(command, cwd=kit, env=environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
@@ -245,3 +309,66 @@ def test_the_small_profile_goes_from_two_archives_to_a_report_with_three_seeds(c
         assert any(row.get("loss_vista") for row in log)
     for checkpoint in (kit / "results/small").glob("seed*/*-finetune"):
         assert (checkpoint / "model.safetensors").is_file() and not list(checkpoint.glob("checkpoint-*"))
+
+
+PUBLIC = {  # experiment: its checkpoint on the hub, a file of it that nobody asks for, columns that are compared,
+    # what its authors publish of VQAv2
+    "llava-v1.5-7b-public": ("liuhaotian/llava-v1.5-7b", "mm_projector.bin", 19, 78.5),
+    "tinyllava-3b-public": ("tinyllava/TinyLLaVA-Phi-2-SigLIP-3.1B", "modeling_tinyllava_phi.py", 4, 80.1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_checkpoint_goes_from_the_download_to_the_calibration(kit, tmp_path, name):
+    if name.startswith("tinyllava"):
+        python_of("cpu-tinyllava")
+        patched_tinyllava()
+    repo, unwanted, compared, vqav2 = PUBLIC[name]
+    run = kit / "results/full"
+    out = run / "seed0/eval" / name
+
+    def calibration():
+        return json.loads((run / "report.json").read_text())["calibration"][name]
+
+    with serving() as server:
+        write_catalog(kit, serve(server, tmp_path))
+        server.hub |= public_checkpoints(tmp_path / "models")
+        reproduce = reproducer(kit, server, tmp_path, "--experiment", name, MMBENCH_JUDGE="rules")
+        code, said = reproduce()
+        print(said)
+        assert code == 0, said[-5000:]
+        assert f"{name}: all there" in said and "scripts/train.sh" not in said
+        asked = {path.rsplit("/")[-1] for _, path, *_ in server.log if f"{repo}/resolve/" in path}
+        assert "config.json" in asked and unwanted not in asked
+        assert not any("VQAv2" in path and "data/test-" in path for _, path, *_ in server.log)
+        for command in ("scripts/data.sh", name, "--tasks", "vqav2_test"), ("scripts/eval.sh", name, "0", "vqav2_test"):
+            code, more = reproduce(*command)
+            assert code == 0, more[-5000:]
+        requests = len(server.log)
+        code, again = reproduce()
+        assert code == 0 and len(server.log) == requests, again[-3000:]
+        assert again.count("is whole, skipped") == 18
+
+    # The stand-ins are no whole splits, so that they tell nothing of the harness.
+    found = calibration()
+    assert found["state"] == "cannot tell" and len(found["checks"]) == compared
+    assert all(check["here"] is not None for check in found["checks"])
+    (sent,) = run.glob("submissions/*.json")
+    assert sent.name == f"{name}-seed0-vqav2_test.json" and len(json.loads(sent.read_text())) == 8
+    assert "8 of 447,793: refused" in (run / "report.md").read_text()
+
+    # As if they were, and the challenge's server had given VQAv2's score.
+    suite = kit / "scripts/evaluation/suite.toml"
+    text = suite.read_text().replace("n = 447793\n", "n = 8\n")
+    for column in config.tomllib.loads(text)["column"]:
+        rows = read(out / column["task"], column["task"]).results[column["name"]].rows
+        text = text.replace(f"n = {column['n']}\n", f"n = {rows}\n")
+    suite.write_text(text)
+    (out / "vqav2_test/score.txt").write_text(f"{vqav2}\n")
+    code, said = reproduce(".venv/bin/python", "-m", "scripts.reporting.report", run)
+    print(said)
+    assert code == 0 and f"NOT CALIBRATED: {name}" in said, said
+    found = calibration()
+    verdicts = {check["column"]: check["verdict"] for check in found["checks"]}
+    print((run / "report.md").read_text())
+    assert verdicts.pop("VQAv2") == "within noise" and verdicts["GQA"] == "differs"
