@@ -545,8 +545,8 @@ def compose(results: Results, pilot: Results) -> tuple[str, dict[str, bytes]]:
         parts += [
             "## How it was made",
             "`make study` makes the runs and this page; `python -m scripts.reporting.study` makes the page alone. "
-            "Remove a run's file, and `make study` makes it again. On the same kind of CPU all of it is the same, but for the "
-            "commit and the seconds.",
+            "Remove a run's file, and `make study` makes it again. On the same kind of CPU all of it is the same, but "
+            "for the commit and the seconds.",
             f"{len(results)} of {len(PLAN)} runs took {hours:.1f} hours of lanes. Those that were cut off count since "
             f"they continued. CPUs: {'; '.join(cpus)}. Instruments (commits): {', '.join(made)}.",
         ]
