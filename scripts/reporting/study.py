@@ -252,6 +252,7 @@ def seen(result: Result, task: str) -> dict[str, float]:
 
 
 def number(value: float) -> str:
+    value = round(value, 9) + 0.0  # the last bits of a sum are no effect, and -0.0 is 0
     return f"{value:+.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:+.2g}"
 
 
