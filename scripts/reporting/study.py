@@ -202,6 +202,9 @@ class Study:
             if all((name, seed) in self.results and self.results[name, seed].values for name in names)
         ]
 
+    def whole(self, name: str) -> bool:
+        return all(run in self.results for run in PLAN if run[0] == name) and bool(self.seeds(name))
+
     def blind(self, name: str, measures: Sequence[str]) -> list[int]:
         """The seeds whose baseline does not see on one of these tasks."""
         sights = [self.sight.get((baseline(name), task), {}) for task in measures]
@@ -462,8 +465,8 @@ def curves(study: Study) -> bytes:
 
 
 def effects(study: Study) -> bytes:
-    """Each variant's difference to the baseline, by task and in their mean."""
-    names = [name for name in (L2, COSINE, *ABLATIONS) if study.seeds(name, BASE)]
+    """The difference to the baseline of each variant whose runs are all there, by task and in their mean."""
+    names = [name for name in (L2, COSINE, *ABLATIONS) if study.whole(name)]
     color = {short(name): COLORS[1 + k] for k, name in enumerate(names)}
     rows = {
         said: {short(n): point(e) for n in names if (e := study.effect(n, BASE, tasks))}
@@ -485,7 +488,7 @@ def weights(study: Study) -> bytes:
     """Accuracy by the term's weight; 0 is the baseline."""
     figure, axis = plt.subplots(figsize=(4.8, 3.2))
     for task, color in zip(TASKS, COLORS[1:], strict=False):
-        known = {0.0: study.scores(BASE, task)} | {w: study.scores(n, task) for n, w in WEIGHTS.items()}
+        known = {w: study.scores(n, task) for n, w in {BASE: 0.0, **WEIGHTS}.items() if study.whole(n)}
         shared = set.intersection(*(set(by_seed) for by_seed in known.values() if by_seed))
         means = {w: np.mean([by_seed[s] for s in shared]) for w, by_seed in known.items() if by_seed and shared}
         axis.plot(list(means), list(means.values()), "o-", color=color, label=f"{task}, {len(shared)} seeds")
@@ -528,7 +531,7 @@ def compose(results: Results, pilot: Results) -> tuple[str, dict[str, bytes]]:
         if lacks := holes(results):
             parts += ["**Not complete.** Every answer is of the runs that are there, and says of how many seeds:"]
             parts.append("\n".join(lacks))
-        if study.seeds(BASE):
+        if study.whole(BASE) and study.whole(L2):
             pictures = {"effects": effects(study), "position": curves(study), "weight": weights(study)}
             parts += [f"![{alt}](study/{name}.svg)" for name, alt in ALTS.items()]
         parts.append(EXPLAINED)
