@@ -203,6 +203,7 @@ class Study:
         ]
 
     def whole(self, name: str) -> bool:
+        """Whether all its planned runs are there, and a seed of them has finite results."""
         return all(run in self.results for run in PLAN if run[0] == name) and bool(self.seeds(name))
 
     def blind(self, name: str, measures: Sequence[str]) -> list[int]:
@@ -291,15 +292,12 @@ def answers(study: Study) -> list[str]:
     out = ["### 1. Does VISTA change accuracy?"]
     rows = []
     for name, tasks, effect, p in primary(study):
-        verdict = "yes" if p < DIFFERS else "no"
-        if effect is None or len(effect.seeds) < effect.planned:
-            verdict = f"{'not known' if effect is None else verdict} (not complete)"
         shown = told(effect, "points", BONFERRONI, p < DIFFERS)
         if blind := study.blind(name, tasks):
             without = f"without seeds {', '.join(map(str, blind))}, whose baseline does not see"
             with_them = told(study.effect(name, BASE, tasks, all_seeds=True), "points")[0]
             shown[0] += f" {without}; with them {with_them}"
-        rows.append([*what(name, BASE, tasks), verdict, *shown, f"{p:.2g}"])
+        rows.append([*what(name, BASE, tasks), answer(effect, "yes" if p < DIFFERS else "no"), *shown, f"{p:.2g}"])
     out.append(table([*SEEN, "p, Holm over the six"], rows))
 
     out.append("### 2. Does the image's share fall with position, and does VISTA slow the fall?")
@@ -307,12 +305,13 @@ def answers(study: Study) -> list[str]:
     for measure in ("kl_slope", "right_slope"):
         base = study.level(BASE, measure)
         falls = bool(base and base["ci95"] and base["ci95"][1] < 0)
-        rows.append(level_row(study, measure, "it falls" if falls else "no fall seen"))
+        rows.append(level_row(study, measure, base, "it falls" if falls else "no fall seen"))
         for name in (L2, COSINE):
             effect, own = study.effect(name, BASE, (measure,)), study.level(name, measure)
             slower = bool(effect and effect.differs and np.mean(effect.by_seed) > 0)
             nearer = bool(own and base and abs(own["value"] or 0) < abs(base["value"] or 0))
-            rows.append(row(study, name, BASE, (measure,), yes=falls and slower and nearer))
+            word = "yes" if falls and slower and nearer else "no"
+            rows.append([*what(name, BASE, (measure,)), answer(effect, word), *told(effect, UNITS[measure])])
     out.append(table(SEEN, rows))
 
     out.append("### 3. Does VISTA change more where texts are longer?")
@@ -322,7 +321,8 @@ def answers(study: Study) -> list[str]:
     out.append("### 4. Do similarity maps localise better?")
     rows = []
     for measure in ("auroc", "hit"):
-        rows += [level_row(study, measure), *(row(study, name, BASE, (measure,)) for name in (L2, COSINE))]
+        rows.append(level_row(study, measure, study.level(BASE, measure)))
+        rows += [row(study, name, BASE, (measure,)) for name in (L2, COSINE)]
     out.append(table(SEEN, rows))
 
     out.append("### 5. Is l2 better than cosine, t/m than a flat ramp, the mean over d than Eq. 10's sum?")
@@ -343,25 +343,26 @@ def what(name: str, base: str, measures: Sequence[str]) -> list[str]:
     return [f"{short(name)} - {short(base)}", "both tasks" if measures == TASKS else SAID.get(*measures, *measures)]
 
 
-def row(study: Study, name: str, base: str, measures: Sequence[str], yes: bool | None = None) -> list[str]:
-    """One comparison. yes: its answer, where another thing than its interval decides."""
-    effect = study.effect(name, base, measures)
-    verdict = "not known"
-    if effect is not None:
-        verdict = "no difference seen" if not effect.differs else "higher" if np.mean(effect.by_seed) > 0 else "lower"
-        if yes is not None:
-            verdict = "yes" if yes else "no"
-        verdict += "" if len(effect.seeds) == effect.planned else " (not complete)"
-    return [*what(name, base, measures), verdict, *told(effect, UNITS.get(measures[0], "points"))]
+def answer(effect: Effect | None, word: str) -> str:
+    if effect is None:
+        return "not known"
+    return word if len(effect.seeds) == effect.planned else f"{word} (not complete)"
 
 
-def level_row(study: Study, measure: str, verdict: str = NONE) -> list[str]:
+def row(study: Study, name: str, base: str, measures: Sequence[str]) -> list[str]:
+    """One comparison, which its interval decides."""
+    effect, word = study.effect(name, base, measures), "no difference seen"
+    if effect is not None and effect.differs:
+        word = "higher" if np.mean(effect.by_seed) > 0 else "lower"
+    return [*what(name, base, measures), answer(effect, word), *told(effect, UNITS.get(measures[0], "points"))]
+
+
+def level_row(study: Study, measure: str, base: Interval | None, word: str = NONE) -> list[str]:
     """The baseline's own value."""
-    base, seeds = study.level(BASE, measure), len(study.seeds(BASE))
     if base is None or base["value"] is None or base["ci95"] is None:
         return [short(BASE), SAID[measure], "not known", "no run", NONE, "0"]
     shown = f"{base['value']:.3g} {ci(base['ci95'], '.3g')} {UNITS[measure]}".strip()
-    return [short(BASE), SAID[measure], verdict, shown, NONE, f"{seeds}"]
+    return [short(BASE), SAID[measure], word, shown, NONE, f"{len(study.seeds(BASE))}"]
 
 
 def sweep(study: Study) -> str:
@@ -459,8 +460,7 @@ def curves(study: Study) -> bytes:
             axis.plot(*zip(*points, strict=True), "o-", color=color, ms=3, label=short(name))
     axes[0].set_ylabel("KL(true || swapped image), nats")
     axes[1].set(ylabel="right, %", xlabel="position of the word's first token")
-    if axes[0].lines:
-        axes[0].legend()
+    axes[0].legend()
     return svg(figure)
 
 
@@ -489,8 +489,8 @@ def weights(study: Study) -> bytes:
     figure, axis = plt.subplots(figsize=(4.8, 3.2))
     for task, color in zip(TASKS, COLORS[1:], strict=False):
         known = {w: study.scores(n, task) for n, w in {BASE: 0.0, **WEIGHTS}.items() if study.whole(n)}
-        shared = set.intersection(*(set(by_seed) for by_seed in known.values() if by_seed))
-        means = {w: np.mean([by_seed[s] for s in shared]) for w, by_seed in known.items() if by_seed and shared}
+        shared = set.intersection(*(set(by_seed) for by_seed in known.values()))
+        means = {w: np.mean([by_seed[s] for s in shared]) for w, by_seed in known.items() if shared}
         axis.plot(list(means), list(means.values()), "o-", color=color, label=f"{task}, {len(shared)} seeds")
     axis.set(xlabel="weight of l2", ylabel="right, %")
     axis.legend()
