@@ -118,8 +118,8 @@ class Stage:
         given = {**self.settings, "output_dir": str(self.out), "seed": self.seed}
         return {"ranks": str(self.ranks), "train_module": self.train_module, **given}
 
-    def program(self) -> list[str]:
-        words = ["scripts/training/stock.py", "--train_module", self.train_module]
+    def program(self, driver: str = "stock.py") -> list[str]:
+        words = [f"scripts/training/{driver}", "--train_module", self.train_module]
         for key, value in self.settings.items():
             words += [f"--{key}", value]
         return [*words, "--output_dir", str(self.out), "--seed", self.seed]
@@ -340,9 +340,10 @@ def train(stage: Stage, log: Path, gpus: int, held: int) -> int:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
         if number == signal.SIGUSR1 or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: asked.append(number))
+    driver = "stock.py" if gpus or stage.ranks == 1 else "gloo.py"
     with log.open("ab") as output:
         child = start(
-            [*stage.launched(gpus), *stage.program()], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            [*stage.launched(gpus), *stage.program(driver)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             env=given, pass_fds=[held], ignored=[signal.SIGUSR1],
         )  # fmt: skip
     shown = time.monotonic()
