@@ -43,6 +43,14 @@ BONFERRONI = DIFFERS / len(FAMILY)  # Holm's hardest case
 KEYS = {"experiment", "seed", "cpu", "commit", "instrument", "seconds"}
 UNITS = {"right_slope": "points a token", "kl_slope": "nats a token", "thirds": "points", "auroc": "", "hit": ""}
 WEIGHTS = {f"{L2}-tenth": 0.1, f"{L2}-third": 0.3, L2: 1.0}
+MEANS = {
+    "stage-1": "l2 in stage 1 alone",
+    "stage-2": "l2 in stage 2 alone",
+    "tenth": "l2 with weight 0.1",
+    "third": "l2 with weight 0.3",
+    "sum": "l2 summed over d (Eq. 10 to the letter)",
+    "flat": "l2 with f(t) = 1",
+}
 ALTS = {
     "effects": "each variant's difference to the baseline, with its interval",
     "position": "the image's share by position",
@@ -52,7 +60,7 @@ SEEN = ("Of", "In", "Answer", "Difference [95% interval]", "Could have seen", "S
 EXPLAINED = (
     "Where no difference was seen, **could have seen** is the smallest true one that a paired t-test shows four times "
     "in five. It is of so many seeds, spread as these, at p < 0.05. In question 1 it is at p < 0.05 / 6, Holm's "
-    "hardest case.\n\n"
+    "hardest case. The interval holds the spread of the questions too: a larger difference may be within it.\n\n"
     "Question 1 alone is corrected for the number of its comparisons. Of twenty others, one may differ by chance."
 )
 SIZES = (
@@ -474,7 +482,8 @@ def effects(study: Study) -> bytes:
     }
     figure, axis = figures.forest(rows, color, "Difference to the baseline (points, 95% interval)")
     axis.axvline(0, color="black", lw=0.8)
-    figures.legend(figure, {name: figures.dot(shade) for name, shade in color.items()})
+    said = {name: f"{name}: {MEANS[name]}" if name in MEANS else name for name in color}
+    figures.legend(figure, {said[name]: figures.dot(shade) for name, shade in color.items()})
     return svg(figure)
 
 
