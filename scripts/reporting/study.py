@@ -60,7 +60,7 @@ SEEN = ("Of", "In", "Answer", "Difference [95% interval]", "Could have seen", "S
 EXPLAINED = (
     "Where no difference was seen, **could have seen** is the smallest true one that a paired t-test shows four times "
     "in five. It is of so many seeds, spread as these, at p < 0.05. In question 1 it is at p < 0.05 / 6, Holm's "
-    "hardest case. The interval holds the spread of the questions too: a larger difference may be within it.\n\n"
+    "hardest case. The interval knows the spread of the questions too: a larger difference may be within it.\n\n"
     "Question 1 alone is corrected for the number of its comparisons. Of twenty others, one may differ by chance."
 )
 SIZES = (
