@@ -43,6 +43,7 @@ BONFERRONI = DIFFERS / len(FAMILY)  # Holm's hardest case
 KEYS = {"experiment", "seed", "cpu", "commit", "instrument", "seconds"}
 UNITS = {"right_slope": "points a token", "kl_slope": "nats a token", "thirds": "points", "auroc": "", "hit": ""}
 WEIGHTS = {f"{L2}-tenth": 0.1, f"{L2}-third": 0.3, L2: 1.0}
+WIDTH = 128.0  # d of the miniature's language models
 MEANS = {
     "stage-1": "l2 in stage 1 alone",
     "stage-2": "l2 in stage 2 alone",
@@ -376,15 +377,15 @@ def level_row(study: Study, measure: str, base: Interval | None, word: str = NON
 def sweep(study: Study) -> str:
     """The term's weight, what it changes, and how large it is beside the cross-entropy."""
     rows = []
-    for name, weight in WEIGHTS.items():
+    for name, weight in {**WEIGHTS, f"{L2}-sum": WIDTH}.items():  # the sum over d is d times the mean
         if not study.scores(name, TASKS[0]):
             continue
         effect = study.effect(name, BASE, TASKS)
         shown = told(effect, "points")
         for state in SIZE_STATES[1:]:
             ratios = study.ratios(name, state, weight)
-            shown.append(", ".join(f"{ratios[key]:.2g}" for key in ("value", *PARTS)))
-        rows.append([f"{weight:g}", *shown])
+            shown.append(", ".join(f"{float(f'{ratios[key]:.2g}'):g}" for key in ("value", *PARTS)))
+        rows.append([f"{weight:g}{' (sum over d)' if weight == WIDTH else ''}", *shown])
     return table(["Weight of l2", *SEEN[3:], *SIZE_STATES[1:]], rows)
 
 
