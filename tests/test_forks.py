@@ -378,7 +378,7 @@ def test_fork(clone, vision_tower, fork, capsys):
     assert re.search(fork.says, told), told
     start = time.process_time()
     code = main(["apply", str(root)])
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 5  # the largest tree: a second, but coverage and a busy machine treble it
     if not fork.generation:
         assert code == 2 and files(root) == before
         reason = re.search(rf"[^;]*{fork.says}[^;]*", found.refusal).group().strip()

@@ -181,6 +181,7 @@ def plan(root: Path) -> Plan:
     if not root.is_dir():
         raise Refused(f"{root}: is no folder; give a checkout of LLaVA or a fork, or an installed `llava`")
     result, sources = Plan(root), {}
+    sought: set[str] = set()  # a search reads the whole tree, and scripts ask for the same classes
 
     def fail(error: OSError) -> None:
         raise error
@@ -202,7 +203,9 @@ def plan(root: Path) -> Plan:
 
     def load(*words: str, trains: bool = False) -> list[File]:
         """All files read so far, with those that hold one of `words` (and import a patched model, if `trains`)."""
-        for name in [n for n, (_, data) in sources.items() if any(word.encode() in data for word in words)]:
+        new = [word.encode() for word in words if word not in sought]
+        sought.update(words)
+        for name in [n for n, (_, data) in sources.items() if any(word in data for word in new)]:
             if trains and not imports_model(name, sources[name][1], result):
                 continue
             path, data = sources.pop(name)
