@@ -105,7 +105,7 @@ def run_stock(
     }  # fmt: skip
     # The exact pins' deepspeed wants Intel's extension of torch for DS_ACCELERATOR=cpu.
     inherited = {k: v for k, v in os.environ.items() if k != "DS_ACCELERATOR" or python == sys.executable}
-    extensions = Path(python).parents[1] / "torch_extensions"  # as train.sh has it
+    extensions = launch.extensions(Path(python).parents[1], Path(flags["output_dir"]))
     environment["TORCH_EXTENSIONS_DIR"] = str(extensions)
     if launcher:
         environment |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "LOCAL_SIZE": "2"}

@@ -178,6 +178,7 @@ def test_what_is_wrong_is_one_line(image, tmp_path):
 
     doctor = run(tmp_path, "doctor", "tiny")
     assert "no engine answers at unix:///none" in refused(*doctor, DOCKER_HOST="unix:///none")
+    told(DOCKER, "image", "rm", "--no-prune", "vista-kit:cuda")  # the first test's
     assert "no image vista-kit:cuda: build it first" in refused(*run(tmp_path, "doctor", "full", target="cuda"))
     subprocess.run([DOCKER, "tag", "vista-kit:cpu", "vista-kit:cuda"], check=True)
     assert "cannot hand out GPUs" in refused(*run(tmp_path, "doctor", "full", target="cuda"))

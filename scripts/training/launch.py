@@ -286,14 +286,14 @@ def variables(stage: Stage, gpus: int) -> dict[str, str]:
         given |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
         given["LOCAL_SIZE"] = str(stage.ranks // stage.machines.nodes)
     if "TORCH_EXTENSIONS_DIR" not in os.environ:
-        given["TORCH_EXTENSIONS_DIR"] = str(extensions(stage))
+        given["TORCH_EXTENSIONS_DIR"] = str(extensions(ROOT / stage.environment, ROOT / stage.out))
     return given
 
 
-def extensions(stage: Stage) -> Path:
-    """Where deepspeed's extensions are compiled: the kit's own folder, which no other program shares."""
-    folder = ROOT / stage.environment
-    return (folder if os.access(folder, os.W_OK) else ROOT / stage.out) / "torch_extensions"
+def extensions(environment: Path, out: Path) -> Path:
+    """Where deepspeed's extensions are compiled, a folder that no other program shares: in the environment, or, where
+    that cannot be written, in the run's output."""
+    return (environment if os.access(environment, os.W_OK) else out) / "torch_extensions"
 
 
 def remove_stale_locks(folder: Path) -> None:
