@@ -4,7 +4,7 @@
 help:
 	@sed -n 's/^\([a-z-]*\):[a-z ]*## \(.*\)/make \1 \t\2/p' Makefile | expand -t 24
 
-reproduce:                ## set up everything and run the miniature (12 minutes on 2 cores)
+reproduce:                ## set up everything and run the miniature (13 minutes on 2 cores)
 	scripts/reproduce.sh --profile tiny
 
 study: setup              ## the study's runs, hours of them; what is there is kept (docs/study.md)
